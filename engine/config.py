@@ -1,0 +1,42 @@
+"""Options of the engine: frozen, flat, each with its unit. `auto` values (None) are settled once, by the runner."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cabochon.engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine is told. Raises ConfigError on a value out of range."""
+
+    model: str = "demo"  # demo (Gemma 3 270M), a directory with safetensors, or a Hub id
+    revision: str | None = None  # branch, tag or commit of a Hub id
+    cache_dir: str | None = None  # where converted demo weights go; None: ~/.cache/cabochon
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16; fp16 overflows on Gemma and is refused
+    attention_backend: Literal["auto", "torch"] = "auto"
+    max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
+    max_seqs: int = 64  # requests that run at once; more makes steps longer
+    step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
+    page_tokens: int = 16  # tokens per KV page, and the granularity of the prefix cache
+    kv_cache_gib: float = 2.0  # GiB of KV pages; more holds more or longer sequences
+    prefix_caching: bool = True  # share the pages of common prefixes
+    threads: int | None = None  # torch threads on CPU; None: the cores this process may use
+
+    def __post_init__(self) -> None:
+        if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
+            raise ConfigError(f"page_tokens must be a power of two, got {self.page_tokens}: 16 is usual")
+        if self.max_seqs < 1:
+            raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}")
+        if self.step_tokens < self.max_seqs:
+            raise ConfigError(
+                f"step_tokens must be at least max_seqs = {self.max_seqs}, so that every running request gets its"
+                f" token in each step, got {self.step_tokens}: raise step_tokens or lower max_seqs"
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}")
+        if not 0 < self.kv_cache_gib < 4096:
+            raise ConfigError(f"kv_cache_gib must be a positive number of GiB, got {self.kv_cache_gib}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}")

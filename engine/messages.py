@@ -1,0 +1,135 @@
+"""What passes between the server and the engine: plain dataclasses, which msgspec encodes as they are.
+
+Times are time.monotonic() seconds, which on Linux all processes of a machine share. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cabochon.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt and how to continue it. Smaller `priority` is served first; ties by arrival."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    adapter: str | None = None
+    cache_salt: str | None = None  # requests share cached pages only with those of the same salt
+    is_private: bool = False  # its pages are offered to no other request until publish(request_id)
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """New tokens of one request. The last one has a finish_reason; its token_ids may be empty.
+
+    A stop token (EOS, stop_token_ids) is part of token_ids and is named in `stop_token_id`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache; the same in every output
+    scheduled_s: float = 0.0  # when it was first scheduled
+    first_token_s: float = 0.0  # when its first token was sampled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """The engine's gauges and counters (since start) after a step. Pages are those of the one pool."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens of accepted requests that are not computed yet
+    prefill_tokens_per_s: float = 0.0  # measured, smoothed; 0 before the first prefill
+    pages_total: int = 0
+    pages_used: int = 0  # referenced by running requests
+    pages_cached: int = 0  # evictable, kept for prefix hits
+    steps: int = 0
+    step_tokens: int = 0  # tokens of the last step
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # prompt tokens found there
+    preemptions: int = 0
+
+    @property
+    def kv_usage(self) -> float:
+        """Pages referenced by live requests over all pages, 0..1: evictable cached pages count as free."""
+        return self.pages_used / self.pages_total if self.pages_total else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the server must know of a loaded model."""
+
+    model: str  # as given: demo, a directory or a Hub id
+    architecture: str  # "Gemma2ForCausalLM", ...
+    model_dir: str
+    dtype: str  # "bf16" or "fp32"
+    device: str
+    attention_backend: str
+    vocab_size: int
+    max_model_len: int  # prompt and output tokens of one request together, at most
+    max_seqs: int
+    eos_token_ids: list[int]
+    page_tokens: int
+    num_pages: int
+    num_groups: int  # layer groups: num_pages / num_groups · page_tokens is the capacity in tokens
+    kv_bytes: int
+    weight_bytes: int
+    load_s: float
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.num_pages // self.num_groups * self.page_tokens
+
+
+# Server to engine; `type` tags keep the union unambiguous on the wire.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    request: GenerateRequest
+    type: Literal["submit"] = "submit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    request_id: str
+    type: Literal["abort"] = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    request_id: str
+    type: Literal["publish"] = "publish"
+
+
+# Engine to server.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A request the engine did not accept: the caller's mistake, by class name in engine/errors.py."""
+
+    request_id: str
+    error: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """All that one step produced, and the gauges after it."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    stats: EngineStats = field(default_factory=EngineStats)

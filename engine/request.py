@@ -1,0 +1,36 @@
+"""One request inside the engine: what was asked, and how far it is."""
+
+from dataclasses import dataclass, field
+
+from cabochon.engine.messages import GenerateRequest
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`row` is None while it waits (new, or preempted); its tokens then stand in `token_ids`.
+
+    While it runs, the row's token_ids are the truth and `token_ids` here is only the prompt plus what was known
+    at admission.
+    """
+
+    message: GenerateRequest
+    arrival_idx: int  # order of arrival, the tie-breaker of priorities
+    max_tokens: int  # output tokens at most, settled against the context
+    stop_ids: frozenset[int]  # ids that end it (EOS unless ignored, stop_token_ids)
+    token_ids: list[int]
+    row: int | None = None
+    num_output: int = 0
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    page_hashes: list[bytes] = field(default_factory=list)  # chain hashes of its full pages, as far as known
+    is_published: bool = True
+
+    @property
+    def request_id(self) -> str:
+        return self.message.request_id
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return (self.message.priority, self.arrival_idx)
