@@ -1,0 +1,155 @@
+"""The forward pass of Gemma 2 and Gemma 3 (text), packed over sequences: tokens in, hidden rows and logits out.
+
+One decoder for both: they differ in softcaps, QK norm, layer pattern and rope bases, all of them in ModelConfig.
+Rounding follows transformers' modeling_gemma2/3: norms in fp32 rounded once, residual added in the working dtype,
+gelu rounded before its product. Knows nothing of requests, pages' owners or sampling.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cabochon.engine.attention import AttentionInputs, TorchAttention
+from cabochon.engine.linear import Linear
+from cabochon.engine.models.config import ModelConfig
+from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
+
+LoadTensor = Callable[[str, tuple[int, ...]], Tensor]  # name, expected shape -> tensor in the working dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor  # [E], 1 + w, like every norm here
+    post_attention_norm: Tensor
+    pre_mlp_norm: Tensor
+    post_mlp_norm: Tensor
+    q_norm: Tensor | None  # [D], Gemma 3
+    k_norm: Tensor | None
+    qkv: Linear  # [(Hq + 2 Hkv) D, E]
+    out: Linear  # [E, Hq D]
+    gate_up: Linear  # [2 F, E]
+    down: Linear  # [E, F]
+    is_sliding: bool
+
+
+class Gemma:
+    """Weights and forward pass. Names are those of transformers' checkpoints."""
+
+    def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
+        """Take every weight once through `load`, layer by layer, packing as it goes."""
+        self.config = config
+        embedding = load("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self._embedding = embedding  # [V, E]
+        # √E rounded to the weights' dtype: 59.75 for 9B in bf16, as the checkpoints were trained
+        self._embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
+        self._layers = [_load_layer(config, load, layer) for layer in range(config.num_layers)]
+        self._final_norm = _norm(load, "model.norm.weight", config.hidden_size)
+        self._head = Linear(embedding)  # tied; its packed form is a copy
+        self._rope = {
+            True: rope_table(max_model_len, config.head_dim, config.rope_theta_sliding),
+            False: rope_table(
+                max_model_len, config.head_dim, config.rope_theta_global, config.rope_factor_global
+            ),
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, the packed head beside the embedding counted."""
+        linears = [
+            linear.num_bytes
+            for layer in self._layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
+        return self._embedding.nbytes + self._head.num_bytes + sum(linears)
+
+    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: TorchAttention) -> Tensor:
+        """token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. Returns [T', E] before the final norm."""
+        x = self._embedding.index_select(0, token_ids) * self._embedding_scale  # [T', E]
+        positions = torch.nn.functional.pad(inputs.positions, (0, len(token_ids) - len(inputs.positions)))
+        angles = {
+            kind: (cos.index_select(0, positions), sin.index_select(0, positions))
+            for kind, (cos, sin) in self._rope.items()
+        }
+        for index, layer in enumerate(self._layers):
+            x = self._forward_layer(index, layer, x, angles[layer.is_sliding], inputs, attention)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R', E], R' a multiple of 4. Returns [R', V], not softcapped, in the working dtype."""
+        return self._head(self._normed(hidden))
+
+    def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """fp32 logits of a few (row, token) pairs. hidden: [C, E], token_ids: [C]. Returns [C], not softcapped."""
+        rows = self._embedding.index_select(0, token_ids).float()
+        return (self._normed(hidden).float() * rows).sum(-1)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self._final_norm, self.config.norm_eps)
+
+    def _forward_layer(
+        self,
+        index: int,
+        layer: _Layer,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        inputs: AttentionInputs,
+        attention: TorchAttention,
+    ) -> Tensor:
+        eps = self.config.norm_eps
+        branch = self._attention(index, layer, rms_norm(x, layer.input_norm, eps), angles, inputs, attention)
+        x = x + rms_norm(branch, layer.post_attention_norm, eps)
+        branch = layer.down(geglu(layer.gate_up(rms_norm(x, layer.pre_mlp_norm, eps))))
+        return x + rms_norm(branch, layer.post_mlp_norm, eps)
+
+    def _attention(
+        self,
+        index: int,
+        layer: _Layer,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        inputs: AttentionInputs,
+        attention: TorchAttention,
+    ) -> Tensor:
+        config = self.config
+        heads = layer.qkv(x).view(len(x), -1, config.head_dim)  # [T', Hq + 2 Hkv, D]
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, config.norm_eps)
+            k = rms_norm(k, layer.k_norm, config.norm_eps)
+        out = attention.attend(index, rope(q, *angles), rope(k, *angles), v, inputs)
+        return layer.out(out.reshape(len(x), -1))
+
+
+def _norm(load: LoadTensor, name: str, size: int) -> Tensor:
+    return load(name, (size,)).float() + 1  # fp32: bf16(1 + w) loses a small w
+
+
+def _load_layer(config: ModelConfig, load: LoadTensor, index: int) -> _Layer:
+    prefix = f"model.layers.{index}."
+    E, D, F = config.hidden_size, config.head_dim, config.mlp_size
+    q_size, kv_size = config.num_heads * D, config.num_kv_heads * D
+
+    def linear(*parts: tuple[str, int], k: int) -> Linear:
+        weights = [load(f"{prefix}{name}.weight", (n, k)) for name, n in parts]
+        return Linear(torch.cat(weights) if len(weights) > 1 else weights[0])
+
+    def norm(name: str, size: int = E) -> Tensor:
+        return _norm(load, f"{prefix}{name}.weight", size)
+
+    return _Layer(
+        input_norm=norm("input_layernorm"),
+        post_attention_norm=norm("post_attention_layernorm"),
+        pre_mlp_norm=norm("pre_feedforward_layernorm"),
+        post_mlp_norm=norm("post_feedforward_layernorm"),
+        q_norm=norm("self_attn.q_norm", D) if config.has_qk_norm else None,
+        k_norm=norm("self_attn.k_norm", D) if config.has_qk_norm else None,
+        qkv=linear(
+            ("self_attn.q_proj", q_size), ("self_attn.k_proj", kv_size), ("self_attn.v_proj", kv_size), k=E
+        ),
+        out=linear(("self_attn.o_proj", E), k=q_size),
+        gate_up=linear(("mlp.gate_proj", F), ("mlp.up_proj", F), k=E),
+        down=linear(("mlp.down_proj", E), k=F),
+        is_sliding=config.is_sliding[index],
+    )

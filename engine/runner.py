@@ -1,0 +1,57 @@
+"""Runs one plan on the device: inputs from the rows, forward, logits of the rows that sample, sampler.
+
+Knows nothing of requests, queues or who owns a page.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cabochon.engine.attention import TorchAttention
+from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.linear import ROW_MULTIPLE
+from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.plan import Plan
+from cabochon.engine.rows import Rows
+from cabochon.engine.sampler import Sampler
+
+LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
+
+
+class Runner:
+    """Synchronous (depth 1): `run` returns when the tokens are known."""
+
+    def __init__(self, model: Gemma, pages: KVPages, sampler: Sampler) -> None:
+        self._model = model
+        self._attention = TorchAttention(model.config, pages)
+        self.sampler = sampler
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, rows: Rows) -> NDArray[np.int32]:
+        """Compute the plan. Returns one token per True of plan.samples, in order."""
+        sampling = plan.rows[plan.samples]
+        hidden = self.sampling_hidden(plan, rows)
+        tokens = [
+            self._sample(hidden[start : start + LOGITS_ROWS], sampling[start : start + LOGITS_ROWS], rows)
+            for start in range(0, len(sampling), LOGITS_ROWS)
+        ]
+        return np.concatenate([np.empty(0, np.int32), *tokens])
+
+    def sampling_hidden(self, plan: Plan, rows: Rows) -> Tensor:
+        """[R, E], the hidden rows whose next token is sampled."""
+        inputs = self._attention.prepare(plan, rows)
+        positions = inputs.positions.numpy()
+        token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions].astype(np.int64)
+        padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
+        hidden = self._model.hidden(torch.from_numpy(padded), inputs, self._attention)  # [T', E]
+        last = (np.cumsum(plan.lens) - 1)[plan.samples]
+        return hidden.index_select(0, torch.from_numpy(last))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, E]. Returns [R, V], not softcapped."""
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE))
+        return self._model.logits(padded)[: len(hidden)]
+
+    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> NDArray[np.int32]:
+        return self.sampler.sample(self.logits(hidden), sampling, rows)

@@ -1,0 +1,72 @@
+"""Drives the forward pass by hand: chosen chunks, chosen pages, no scheduler."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cabochon.engine.attention import TorchAttention
+from cabochon.engine.kv_layout import kv_layout
+from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.models.config import ModelConfig
+from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.plan import Plan
+from cabochon.engine.rows import Rows
+
+
+class Forward:
+    """A model, NaN-filled pages handed out in random order, and rows to put sequences in."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        page_tokens: int = 4,
+        max_seqs: int = 8,
+        max_len: int = 512,
+        seed: int = 0,
+    ) -> None:
+        self.model = Gemma(config, lambda name, shape: weights[name].to(dtype).view(shape), max_len)
+        self.layout = kv_layout(config, page_tokens, dtype.itemsize)
+        per_seq = -(-max_len // page_tokens) * self.layout.num_groups
+        self.pages = KVPages(config, self.layout, max_seqs * per_seq, dtype, torch.device("cpu"))
+        for tensor in (*self.pages.k, *self.pages.v):
+            tensor[1:] = torch.nan  # recycled pages may hold anything; page 0 is the null page
+        self.rows = Rows(
+            max_seqs=max_seqs,
+            max_model_len=max_len,
+            num_groups=self.layout.num_groups,
+            page_tokens=page_tokens,
+        )
+        self._free = list(np.random.default_rng(seed).permutation(max_seqs * per_seq) + 1)
+        self.attention = TorchAttention(config, self.pages)
+
+    def add(self, ids: Sequence[int]) -> int:
+        return self.rows.take(list(ids), len(ids))
+
+    @torch.inference_mode()
+    def step(self, work: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """work: (row, tokens to compute). Returns per row the logits [n, V] of its tokens, not softcapped."""
+        decodes = [(row, n) for row, n in work if n == 1 and self.rows.num_computed[row] > 0]
+        ordered = [*decodes, *(item for item in work if item not in decodes)]
+        row_ids = np.array([row for row, _ in ordered], np.int32)
+        lens = np.array([n for _, n in ordered], np.int32)
+        starts = self.rows.num_computed[row_ids].copy()
+        self._allocate(row_ids, starts + lens)
+        plan = Plan(row_ids, starts, lens, np.ones(len(lens), bool), len(decodes))
+        inputs = self.attention.prepare(plan, self.rows)
+        ids = self.rows.token_ids[np.repeat(row_ids, lens), inputs.positions.numpy()].astype(np.int64)
+        padded = torch.from_numpy(np.pad(ids, (0, -len(ids) % 4)))
+        logits = self.model.logits(self.model.hidden(padded, inputs, self.attention))[: len(ids)]
+        self.rows.num_computed[row_ids] += lens
+        by_row = dict(zip(row_ids.tolist(), logits.split(lens.tolist()), strict=True))
+        return [by_row[row] for row, _ in work]
+
+    def _allocate(self, row_ids: np.ndarray, ends: np.ndarray) -> None:
+        for row, end in zip(row_ids, ends, strict=True):
+            for page_idx in range(-(-int(end) // self.rows.page_tokens)):
+                for table in self.rows.page_tables:
+                    if table[row, page_idx] == 0:
+                        table[row, page_idx] = self._free.pop()
