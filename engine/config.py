@@ -1,4 +1,4 @@
-"""Options of the engine: frozen, flat, each with its unit. `auto` values (None) are settled once, by the runner."""
+"""Options of the engine: frozen, flat, each with its unit. `auto` and None are settled once, in load.py."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ class EngineConfig:
     model: str = "demo"  # demo (Gemma 3 270M), a directory with safetensors, or a Hub id
     revision: str | None = None  # branch, tag or commit of a Hub id
     cache_dir: str | None = None  # where converted demo weights go; None: ~/.cache/cabochon
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16; fp16 overflows on Gemma and is refused
     attention_backend: Literal["auto", "torch"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
@@ -31,8 +31,8 @@ class EngineConfig:
             raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}")
         if self.step_tokens < self.max_seqs:
             raise ConfigError(
-                f"step_tokens must be at least max_seqs = {self.max_seqs}, so that every running request gets its"
-                f" token in each step, got {self.step_tokens}: raise step_tokens or lower max_seqs"
+                f"step_tokens must be at least max_seqs = {self.max_seqs}, a token for every running request,"
+                f" got {self.step_tokens}: raise step_tokens or lower max_seqs"
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}")

@@ -1,11 +1,12 @@
 """What passes between the server and the engine: plain dataclasses, which msgspec encodes as they are.
 
-Times are time.monotonic() seconds, which on Linux all processes of a machine share. Nothing here imports torch.
+Times are time.monotonic() seconds, which on Linux all processes of a machine share. Imports no torch.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cabochon.engine.config import EngineConfig
 from cabochon.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -92,33 +93,59 @@ class EngineInfo:
         return self.num_pages // self.num_groups * self.page_tokens
 
 
-# Server to engine; `type` tags keep the union unambiguous on the wire.
+# Server to engine.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first message: what to load."""
+
+    config: EngineConfig
+    model_dir: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     request: GenerateRequest
-    type: Literal["submit"] = "submit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
     request_id: str
-    type: Literal["abort"] = "abort"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publish:
     request_id: str
-    type: Literal["publish"] = "publish"
 
 
 # Engine to server.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """Progress of loading the weights."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The engine could not start: class name in engine/errors.py (or any other exception) and message."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A request the engine did not accept: the caller's mistake, by class name in engine/errors.py."""
+    """A request the engine did not accept or could not finish: class name in engine/errors.py."""
 
     request_id: str
     error: str

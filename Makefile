@@ -1,0 +1,50 @@
+# Everything happens in .venv; a fresh machine needs Python >= 3.11 and nothing else.
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SERVE_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-slow check format lint types system-packages bench-offline clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,dev]'
+	touch $@
+
+serve: $(STAMP) ## Serve Gemma 3 270M at http://127.0.0.1:8000/v1 (SERVE_ARGS="--model PATH ...")
+	$(BIN)/cabochon serve $(SERVE_ARGS)
+
+test: $(STAMP) ## Tests, under ten minutes on 2 cores
+	$(BIN)/pytest -q
+
+test-slow: $(STAMP) ## All tests, the slow ones too
+	$(BIN)/pytest -q -m 'not gpu'
+
+check: format lint types test ## What CI runs first
+
+format: $(STAMP) ## Is everything formatted?
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## mypy, strict
+	mkdir -p .types/cabochon
+	for layer in engine kernels server; do ln -sfn ../../$$layer .types/cabochon/$$layer; done
+	$(BIN)/mypy
+
+bench-offline: $(STAMP) ## Throughput of the engine beside transformers' generate_batch
+	$(BIN)/python benchmarks/offline.py
+
+system-packages: ## Debian packages that some tests need (none yet)
+	@true
+
+clean: ## Remove what make made
+	rm -rf $(VENV) .types build *.egg-info

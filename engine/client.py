@@ -1,0 +1,265 @@
+"""The engine in a child process, as the server sees it: requests in, one message per step back.
+
+All methods belong to one asyncio event loop. Never imports torch. A dead, hung or stopped engine ends every open
+request with EngineDead; nothing is restarted here, because weights and cache are gone with the process.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from cabochon.engine import errors
+from cabochon.engine.channel import FrameReader, Message, encode
+from cabochon.engine.config import EngineConfig
+from cabochon.engine.engine import Engine
+from cabochon.engine.errors import EngineDead, EngineError, RequestError
+from cabochon.engine.messages import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    Failed,
+    GenerateRequest,
+    Loading,
+    Publish,
+    Ready,
+    Refusal,
+    RequestOutput,
+    Start,
+    StepOutput,
+    Submit,
+)
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
+StepListener = Callable[[StepOutput], None]
+EXIT_TIMEOUT_S = 5.0
+
+
+class _Stream(AsyncIterator[RequestOutput]):
+    """Outputs of one request. Ends after the last one; closing it early aborts the request."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self._request_id = request_id
+        self._abort = abort
+        self._queue: asyncio.Queue[RequestOutput | EngineError] = asyncio.Queue()
+        self._is_ended = False
+
+    def put(self, item: RequestOutput | EngineError) -> None:
+        self._queue.put_nowait(item)
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_ended:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, EngineError):
+            self._is_ended = True
+            raise item
+        self._is_ended = item.finish_reason is not None
+        return item
+
+    async def aclose(self) -> None:
+        if not self._is_ended:
+            self._is_ended = True
+            self._abort(self._request_id)
+
+
+class EngineClient(Engine):
+    """Spawns the engine process with `start`, ends it with `shutdown`."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path, *, step_timeout_s: float = 60.0) -> None:
+        """step_timeout_s: work is pending and no step ends for that long: the engine counts as hung."""
+        self._config = config
+        self._model_dir = model_dir
+        self._step_timeout_s = step_timeout_s
+        self._streams: dict[str, _Stream] = {}
+        self._stats = EngineStats()
+        self._info: EngineInfo | None = None
+        self._dead_reason: str | None = None
+        self._last_message_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._on_step: list[StepListener] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineDead("the engine must be ready, it is still loading: wait for start()")
+        return self._info
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        assert self._process is not None
+        return self._process.pid
+
+    def on_step(self, listener: StepListener) -> None:
+        """Call `listener` with every step's message (for metrics)."""
+        self._on_step.append(listener)
+
+    async def start(self, on_progress: Progress | None = None) -> EngineInfo:
+        """Spawn the engine and load the model. Raises what the engine raised, or EngineDead."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "cabochon.engine.process", str(theirs.fileno())]
+        # A session of its own: Ctrl-C at the terminal must reach the server alone, which drains.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._send(Start(config=self._config, model_dir=str(self._model_dir)))
+        frames = FrameReader()
+        pending = await self._wait_until_ready(reader, frames, on_progress)
+        self._last_message_s = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(self._read(reader, frames, pending)),
+            asyncio.create_task(self._watch()),
+        ]
+        return self.info
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        stream = _Stream(request.request_id, self.abort)
+        if self._dead_reason is not None:
+            stream.put(EngineDead(self._dead_reason))
+        elif request.request_id in self._streams:
+            stream.put(
+                RequestError(f"request ids must be unique, {request.request_id} is running: send another")
+            )
+        else:
+            if not self._streams:
+                self._last_message_s = time.monotonic()  # it slept: the time to its next step starts now
+            self._streams[request.request_id] = stream
+            self._send(Submit(request=request))
+        return stream
+
+    def publish(self, request_id: str) -> None:
+        self._send(Publish(request_id=request_id))
+
+    def abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._send(Abort(request_id=request_id))
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def dead_reason(self) -> str | None:
+        return self._dead_reason
+
+    async def shutdown(self) -> None:
+        self._die("the engine was shut down", is_expected=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._process is not None:
+            await asyncio.to_thread(_reap, self._process)
+
+    def _send(self, message: Message) -> None:
+        if self._dead_reason is None and self._writer is not None:
+            self._writer.write(encode(message))
+
+    async def _wait_until_ready(
+        self, reader: asyncio.StreamReader, frames: FrameReader, on_progress: Progress | None
+    ) -> list[Message]:
+        """Returns the messages that came after Ready."""
+        while True:
+            data = await reader.read(1 << 18)
+            if not data:
+                code = await asyncio.to_thread(_reap, self._process)
+                self._die(f"the engine process ended while loading, exit code {code}: its log says why")
+                raise EngineDead(self._dead_reason)
+            messages = frames.feed(data)
+            for index, message in enumerate(messages):
+                if isinstance(message, Ready):
+                    self._info = message.info
+                    return messages[index + 1 :]
+                if isinstance(message, Failed):
+                    self._die(message.message)
+                    raise _as_error(message.error, message.message, None)
+                if isinstance(message, Loading) and on_progress is not None:
+                    on_progress(message.done_bytes, message.total_bytes)
+
+    async def _read(self, reader: asyncio.StreamReader, frames: FrameReader, messages: list[Message]) -> None:
+        while True:
+            for message in messages:
+                assert isinstance(message, StepOutput)
+                self._deliver(message)
+            try:
+                data = await reader.read(1 << 18)
+            except ConnectionError:
+                data = b""
+            if not data:
+                code = await asyncio.to_thread(_reap, self._process)
+                self._die(f"the engine process ended, exit code {code}: restart the server")
+                return
+            messages = frames.feed(data)
+
+    def _deliver(self, step: StepOutput) -> None:
+        self._last_message_s = time.monotonic()
+        self._stats = step.stats
+        for output in step.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
+        for refusal in step.refusals:
+            stream = self._streams.pop(refusal.request_id, None)
+            if stream is not None:
+                stream.put(_refusal_error(refusal))
+        for listener in self._on_step:
+            listener(step)
+
+    async def _watch(self) -> None:
+        """A hung or stopped engine does not close its socket: look at the clock."""
+        while self._dead_reason is None:
+            await asyncio.sleep(min(1.0, self._step_timeout_s / 4))
+            silent_s = time.monotonic() - self._last_message_s
+            if self._streams and silent_s > self._step_timeout_s:
+                self._die(
+                    f"the engine must step every {self._step_timeout_s:g} s while requests are open,"
+                    f" it has not for {silent_s:.0f} s: restart the server"
+                )
+
+    def _die(self, reason: str, *, is_expected: bool = False) -> None:
+        if self._dead_reason is not None:
+            return
+        self._dead_reason = reason
+        if not is_expected:
+            logger.error("engine dead open_requests=%d reason=%s", len(self._streams), reason)
+        for stream in self._streams.values():
+            stream.put(EngineDead(reason))
+        self._streams.clear()
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None and not is_expected:
+            self._process.kill()  # SIGKILL ends a stopped process as well
+
+
+def _reap(process: subprocess.Popen[bytes] | None) -> int | None:
+    """Wait for the end, kill after EXIT_TIMEOUT_S. Returns the exit code."""
+    if process is None:
+        return None
+    try:
+        return process.wait(EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, 9)
+        return process.wait()
+
+
+def _refusal_error(refusal: Refusal) -> EngineError:
+    return _as_error(refusal.error, refusal.message, refusal.param)
+
+
+def _as_error(name: str, message: str, param: str | None) -> EngineError:
+    kind = getattr(errors, name, EngineDead)
+    if issubclass(kind, RequestError):
+        return kind(message, param)
+    return kind(message) if issubclass(kind, EngineError) else EngineDead(message)

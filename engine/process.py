@@ -1,0 +1,145 @@
+"""The engine process: `python -m cabochon.engine.process FD`, a child of the server process.
+
+Reads messages from the inherited socket FD between steps, sleeps in it when there is nothing to do, sends one
+message per step. Ends when the socket closes or the parent is gone.
+"""
+
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from cabochon.engine.channel import FrameReader, Message, encode
+from cabochon.engine.core import EngineCore
+from cabochon.engine.errors import EngineError, RequestError
+from cabochon.engine.load import load_engine
+from cabochon.engine.messages import (
+    Abort,
+    Failed,
+    Loading,
+    Publish,
+    Ready,
+    Refusal,
+    RequestOutput,
+    Start,
+    StepOutput,
+    Submit,
+)
+
+logger = logging.getLogger(__name__)
+
+PARENT_CHECK_S = 1.0
+PROGRESS_S = 0.1
+
+
+class Inbox:
+    """Whole messages from the server, waited for or not. Raises EOFError when the server is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = FrameReader()
+
+    def drain(self, *, wait: bool) -> list[Message]:
+        """All messages that have arrived; with `wait`, at least one."""
+        messages: list[Message] = []
+        while True:
+            can_read, _, _ = select.select([self._sock], [], [], None if wait and not messages else 0)
+            if not can_read:
+                return messages
+            data = self._sock.recv(1 << 18)
+            if not data:
+                raise EOFError
+            messages += self._reader.feed(data)
+
+
+def serve(sock: socket.socket) -> None:
+    """Load what the first message says, then step until the socket closes."""
+    inbox = Inbox(sock)
+    start = inbox.drain(wait=True)[0]
+    assert isinstance(start, Start)
+    try:
+        core, info = load_engine(start.config, Path(start.model_dir), _progress(sock))
+    except EngineError as error:
+        sock.sendall(encode(Failed(error=type(error).__name__, message=str(error))))
+        return
+    gc.collect()
+    gc.freeze()  # the loaded engine is permanent: later collections need not walk it
+    sock.sendall(encode(Ready(info=info)))
+    _run(core, inbox, sock)
+
+
+def _run(core: EngineCore, inbox: Inbox, sock: socket.socket) -> None:
+    while True:
+        messages = inbox.drain(wait=not core.has_work)
+        refusals = [refusal for message in messages if (refusal := _handle(core, message))]
+        outputs: list[RequestOutput] = []
+        if core.has_work:
+            outputs, failed = core.step()
+            refusals += failed
+        sock.sendall(encode(StepOutput(outputs=outputs, refusals=refusals, stats=core.stats())))
+
+
+def _handle(core: EngineCore, message: Message) -> Refusal | None:
+    match message:
+        case Submit(request=request):
+            try:
+                core.add(request)
+            except RequestError as error:
+                return Refusal(
+                    request_id=request.request_id,
+                    error=type(error).__name__,
+                    message=str(error),
+                    param=error.param,
+                )
+        case Abort(request_id=request_id):
+            core.abort(request_id)
+        case Publish(request_id=request_id):
+            core.publish(request_id)
+        case _:
+            raise AssertionError(f"unexpected {type(message).__name__}")
+    return None
+
+
+class _progress:
+    """Tells the server how far loading is, a few times a second."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._last_s = 0.0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now - self._last_s >= PROGRESS_S or done_bytes == total_bytes:
+            self._last_s = now
+            self._sock.sendall(encode(Loading(done_bytes=done_bytes, total_bytes=total_bytes)))
+
+
+def _end_with_parent() -> None:
+    """A dead server closes the socket, but a step or a load may be long: look at the parent as well."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it drains, then closes the socket
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        logger.info("server is gone, engine ends")
+    except Exception:
+        logger.exception("engine failed")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
