@@ -7,10 +7,9 @@ from cabochon.engine.messages import GenerateRequest
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`row` is None while it waits (new, or preempted); its tokens then stand in `token_ids`.
+    """`row` is None while it waits (new, or preempted): its known tokens then stand in `token_ids`.
 
-    While it runs, the row's token_ids are the truth and `token_ids` here is only the prompt plus what was known
-    at admission.
+    While it runs, the row's token_ids are the truth, and `token_ids` is what was known at admission.
     """
 
     message: GenerateRequest
@@ -23,7 +22,8 @@ class Request:
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
-    page_hashes: list[bytes] = field(default_factory=list)  # chain hashes of its full pages, as far as known
+    page_hashes: list[bytes] = field(default_factory=list)  # root, then chain hashes of its full pages
+    num_registered: int = 0  # pages that are named in the pool
     is_published: bool = True
 
     @property

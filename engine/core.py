@@ -1,0 +1,71 @@
+"""The whole engine: schedule, run, update. In-process for offline use, in a child process under the server."""
+
+import dataclasses
+import time
+
+from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput
+from cabochon.engine.rows import Rows
+from cabochon.engine.runner import Runner
+from cabochon.engine.scheduler import Scheduler
+
+RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
+
+
+class EngineCore:
+    """Requests in with `add`, tokens out of `step`. Single-threaded; between steps everything is consistent."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, rows: Rows) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._rows = rows
+        self._steps = 0
+        self._step_tokens = 0
+        self._prefill_tokens_per_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request. Raises RequestError, and then nothing has changed."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its pages at once. Unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+
+    def publish(self, request_id: str) -> None:
+        """Let other requests share the pages of a private one. Unknown ids are ignored."""
+        self.scheduler.publish(request_id)
+
+    def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
+        """One step: new tokens of every request in it, and the requests it had to give up."""
+        started_s = time.monotonic()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return [], []
+        for request in self.scheduler.take_admitted():
+            self._runner.sampler.set_row(request)
+        tokens = self._runner.run(plan, self._rows)
+        outputs = self.scheduler.update(plan, tokens)
+        self._steps += 1
+        self._step_tokens = plan.num_tokens
+        self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
+        return outputs, []
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters after the last step."""
+        return dataclasses.replace(
+            self.scheduler.stats(),
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+        )
+
+    def _measure(self, prefill_tokens: int, decodes: int, step_s: float) -> None:
+        """Prompt tokens per second, from steps that are mostly prefill: what a waiting request will see."""
+        if prefill_tokens < max(decodes, 32):
+            return
+        rate = prefill_tokens / step_s
+        old = self._prefill_tokens_per_s
+        self._prefill_tokens_per_s = old + RATE_SMOOTHING * (rate - old) if old else rate

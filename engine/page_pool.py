@@ -1,0 +1,99 @@
+"""Who owns a page: reference counts, an LRU list of free pages, and what content the free ones still hold.
+
+A page is used (referenced), cached (free, but its content has a name and may be shared again) or free. Arrays and
+an intrusive doubly linked list, no objects per page: removal from the middle is O(1) (as vLLM's block_pool.py).
+Knows nothing of tensors, sequences or windows.
+"""
+
+NIL = 0  # page 0 is the null page, never in the list: it serves as the list's sentinel
+
+
+class PagePool:
+    """Pages 1..num_pages. The head of the free list is reused first, the tail last."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.num_cached = 0
+        self.num_free = num_pages  # cached ones included: they can be had at once
+        self._references = [0] * (num_pages + 1)
+        self._next = [*range(1, num_pages + 1), NIL]  # a ring through the sentinel
+        self._previous = [num_pages, *range(num_pages)]
+        self._name: list[tuple[int, bytes] | None] = [None] * (num_pages + 1)
+        self._page_of: dict[tuple[int, bytes], int] = {}
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self.num_free
+
+    def references(self, page: int) -> int:
+        """How many page table entries hold the page."""
+        return self._references[page]
+
+    def allocate(self) -> int:
+        """The least recently used free page, its old content forgotten. Must not be called when num_free is 0."""
+        assert self.num_free, "no free page"
+        page = self._next[NIL]
+        self._unlink(page)
+        name = self._name[page]
+        if name is not None:
+            self._name[page] = None
+            del self._page_of[name]
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more owner for a page that `lookup` gave."""
+        assert self._name[page] is not None, (
+            "only named pages are shared: they are full and never written again"
+        )
+        if self._references[page] == 0:
+            self._unlink(page)
+        self._references[page] += 1
+
+    def release(self, page: int) -> None:
+        """One owner less. A named page without owners stays findable until it is reused."""
+        assert self._references[page] > 0, "released more often than owned"
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._link(page, is_first=self._name[page] is None)
+
+    def register(self, page: int, group: int, content: bytes) -> None:
+        """Name the content of a full page. If another page has that name already, nothing changes."""
+        assert self._references[page] > 0, "only pages in use are named"
+        if self._name[page] is None and (group, content) not in self._page_of:
+            self._name[page] = (group, content)
+            self._page_of[group, content] = page
+
+    def lookup(self, group: int, content: bytes) -> int | None:
+        """The page with that content, used or cached."""
+        return self._page_of.get((group, content))
+
+    def check(self) -> None:
+        """Prove that every page is in exactly one state and the books agree."""
+        listed, page, before = [], self._next[NIL], NIL
+        while page != NIL:
+            assert self._previous[page] == before, "broken list"
+            listed.append(page)
+            before, page = page, self._next[page]
+        assert self._previous[NIL] == before, "broken list"
+        assert len(set(listed)) == len(listed) == self.num_free, "free pages are not the list"
+        assert all(count >= 0 for count in self._references), "negative references"
+        used = [page for page in range(1, self.num_pages + 1) if self._references[page]]
+        assert sorted([*used, *listed]) == list(range(1, self.num_pages + 1)), "free + used is not all"
+        assert self.num_cached == sum(self._name[page] is not None for page in listed), "wrong num_cached"
+        names = {name: page for page, name in enumerate(self._name) if name is not None}
+        assert names == self._page_of, "names and pages disagree"
+
+    def _unlink(self, page: int) -> None:
+        before, after = self._previous[page], self._next[page]
+        self._next[before], self._previous[after] = after, before
+        self.num_free -= 1
+        self.num_cached -= self._name[page] is not None
+
+    def _link(self, page: int, *, is_first: bool) -> None:
+        before = NIL if is_first else self._previous[NIL]
+        after = self._next[before]
+        self._next[before] = self._previous[after] = page
+        self._previous[page], self._next[page] = before, after
+        self.num_free += 1
+        self.num_cached += self._name[page] is not None

@@ -1,0 +1,163 @@
+"""A world without tensors: real scheduler and pages, and a runner that proves each key is where it should be.
+
+The runner stores at every (page, offset) which tokens its K and V were computed from. Before it computes a
+position it looks up every key that position sees, in every layer group, and compares. Sampled tokens are a
+function of the tokens before them alone, so outputs do not depend on chunking, caching or preemption.
+"""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cabochon.engine.hashing import PageHasher
+from cabochon.engine.kv_cache import KVCache
+from cabochon.engine.messages import GenerateRequest, RequestOutput
+from cabochon.engine.page_pool import PagePool
+from cabochon.engine.plan import Plan
+from cabochon.engine.rows import NULL_PAGE, Rows
+from cabochon.engine.sampling_params import SamplingParams
+from cabochon.engine.scheduler import Scheduler
+
+VOCAB = 50
+EOS = 1
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    """The fake model: any function of all tokens so far; sometimes EOS."""
+    return crc32(bytes(prefix)) % VOCAB
+
+
+def expected_output(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+    """The naive model of a whole request."""
+    out: list[int] = []
+    while len(out) < max_tokens:
+        out.append(next_token([*prompt, *out]))
+        if out[-1] == EOS and not ignore_eos:
+            break
+    return out
+
+
+def request(request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=bool(fields.pop("ignore_eos", False)))
+    return GenerateRequest(request_id=request_id, prompt_ids=list(prompt), params=params, **fields)
+
+
+class World:
+    """Scheduler, pages and the checking runner. `check_contents=False` where hash collisions are forced."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 40,
+        page_tokens: int = 4,
+        windows: Sequence[int | None] = (None, 6),
+        max_seqs: int = 4,
+        step_tokens: int = 16,
+        max_model_len: int = 48,
+        digest_bytes: int = 16,
+        caching: bool = True,
+    ) -> None:
+        self.rows = Rows(
+            max_seqs=max_seqs, max_model_len=max_model_len, num_groups=len(windows), page_tokens=page_tokens
+        )
+        self.pool = PagePool(num_pages)
+        hasher = PageHasher(b"secret", digest_bytes) if caching else None
+        self.cache = KVCache(self.rows, self.pool, hasher, windows)
+        self.windows = windows
+        self.step_tokens = step_tokens
+        self.check_contents = digest_bytes == 16
+        self.scheduler = Scheduler(
+            self.rows,
+            self.cache,
+            step_tokens=step_tokens,
+            eos_token_ids=[EOS],
+            max_model_len=max_model_len,
+            vocab_size=VOCAB,
+        )
+        self.contents = np.zeros((num_pages + 1, page_tokens), np.int64)
+        self.outputs: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.cached_tokens: dict[str, int] = {}
+        self.plans: list[Plan] = []
+
+    def add(self, message: GenerateRequest) -> None:
+        self.scheduler.add(message)
+        self.outputs[message.request_id] = []
+
+    def step(self) -> Plan | None:
+        running = {r.row for r in self.scheduler._running}
+        ready = {row for row in running if self.rows.num_tokens[row] - self.rows.num_computed[row] == 1}
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        self._check_plan(plan, ready)
+        tokens = np.array(list(self._run(plan)), np.int32)
+        for output in self.scheduler.update(plan, tokens):
+            self._note(output)
+        self.plans.append(plan)
+        return plan
+
+    def run(self, max_steps: int = 2000) -> int:
+        """Step until nothing is left. Returns the number of steps."""
+        for steps in range(max_steps):
+            if self.step() is None:
+                return steps
+            self.scheduler.check()
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def _note(self, output: RequestOutput) -> None:
+        self.outputs[output.request_id] += output.token_ids
+        self.cached_tokens[output.request_id] = output.cached_tokens
+        if output.finish_reason is not None:
+            self.reasons[output.request_id] = output.finish_reason
+
+    def _check_plan(self, plan: Plan, ready: set[int | None]) -> None:
+        assert 0 < plan.num_tokens <= self.step_tokens, "budget exceeded, or an empty step"
+        assert (plan.lens >= 1).all()
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a row twice"
+        assert (plan.lens[: plan.num_decodes] == 1).all()
+        still_running = {r.row for r in self.scheduler._running if r not in self.scheduler.take_admitted()}
+        assert ready & still_running <= set(plan.rows.tolist()), "a decode was skipped"
+
+    def _run(self, plan: Plan) -> list[int]:
+        tokens = []
+        for row, start, length, samples in zip(plan.rows, plan.starts, plan.lens, plan.samples, strict=True):
+            known = self.rows.token_ids[row, : self.rows.num_tokens[row]].tolist()
+            for position in range(start, start + length):
+                self._write(row, position, known)
+            for position in range(start, start + length):
+                self._look_back(row, position, known)
+            if samples:
+                tokens.append(next_token(known))
+        return tokens
+
+    def _slot(self, group: int, row: int, position: int) -> tuple[int, int]:
+        page_idx, offset = divmod(position, self.rows.page_tokens)
+        page = int(self.rows.page_tables[group, row, page_idx])
+        assert page != NULL_PAGE, f"position {position} has no page in group {group}"
+        return page, offset
+
+    def _write(self, row: int, position: int, known: list[int]) -> None:
+        for group in range(len(self.windows)):
+            page, offset = self._slot(group, row, position)
+            assert self.pool.references(page) == 1, "writes a page that others read"
+            self.contents[page, offset] = self._content(group, known, position)
+
+    def _look_back(self, row: int, position: int, known: list[int]) -> None:
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, position - window + 1)
+            for key in range(first, position + 1):
+                page, offset = self._slot(group, row, key)
+                if self.check_contents:
+                    assert self.contents[page, offset] == self._content(group, known, key), "wrong page"
+
+    @staticmethod
+    def _content(group: int, known: list[int], position: int) -> int:
+        return crc32(bytes([group, *known[: position + 1]]))
+
+
+def table_of(world: World, row: int, group: int) -> NDArray[np.int32]:
+    """The page table of a row, as long as it is used."""
+    return world.rows.page_tables[group, row]
