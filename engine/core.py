@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from cabochon.engine.errors import ComputeError
 from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import Runner
@@ -46,12 +47,13 @@ class EngineCore:
             return [], []
         for request in self.scheduler.take_admitted():
             self._runner.sampler.set_row(request)
-        tokens = self._runner.run(plan, self._rows)
-        outputs = self.scheduler.update(plan, tokens)
+        sampled = self._runner.run(plan, self._rows)
+        failed = [self.scheduler.request_id(row) for row in plan.rows[plan.samples][~sampled.is_finite]]
+        outputs = self.scheduler.update(plan, sampled.token_ids)
         self._steps += 1
         self._step_tokens = plan.num_tokens
         self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
-        return outputs, []
+        return self._give_up(outputs, failed)
 
     def stats(self) -> EngineStats:
         """Gauges and counters after the last step."""
@@ -61,6 +63,22 @@ class EngineCore:
             step_tokens=self._step_tokens,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
         )
+
+    def _give_up(
+        self, outputs: list[RequestOutput], failed: list[str]
+    ) -> tuple[list[RequestOutput], list[Refusal]]:
+        """A request whose logits are NaN ends with an error; the others never notice."""
+        for request_id in failed:
+            self.abort(request_id)
+        refusals = [
+            Refusal(
+                request_id=request_id,
+                error=ComputeError.__name__,
+                message="logits must be finite, the model gave NaN: check the checkpoint with `cabochon verify`",
+            )
+            for request_id in failed
+        ]
+        return [output for output in outputs if output.request_id not in failed], refusals
 
     def _measure(self, prefill_tokens: int, decodes: int, step_s: float) -> None:
         """Prompt tokens per second, from steps that are mostly prefill: what a waiting request will see."""

@@ -10,6 +10,7 @@ EngineError
 │   ├── BadCheckpoint       files missing, truncated, or not matching the configuration
 │   └── ModelNotFound       neither a directory nor a repository we may read (gated, 401, 404)
 ├── ConfigError             the operator: settings that cannot hold together
+├── ComputeError            us: one request's logits are not finite (500)
 ├── Overloaded              nobody: retry later (429 or 503)
 └── EngineDead              us: the engine process died, hung or is shutting down (500, restart)
 
@@ -59,6 +60,10 @@ class ModelNotFound(ModelError):
 
 class ConfigError(EngineError):
     """Settings that cannot hold together."""
+
+
+class ComputeError(EngineError):
+    """The model gave NaN for one request: it ends, the others go on."""
 
 
 class Overloaded(EngineError):

@@ -28,8 +28,14 @@ class KVCache:
         self._hasher = hasher
         self._windows = tuple(windows)
         self._tables = rows.page_tables
-        # [num_groups, max_seqs]: pages before it have left the window (or were never attached)
-        self._first_page = np.zeros((len(windows), rows.max_seqs), np.int32)
+        self._globals = [group for group, window in enumerate(windows) if window is None]
+        self._sliding = [  # windows and their groups: groups of one window hold the same page indices
+            (window, [group for group, other in enumerate(windows) if other == window])
+            for window in sorted({window for window in windows if window is not None})
+        ]
+        # A row holds pages [first, end) of its tables: those before have left the window or were never attached
+        self._first_page = np.zeros((len(self._sliding), rows.max_seqs), np.int32)
+        self._end_page = np.zeros(rows.max_seqs, np.int32)
 
     def page_names(self, request: Request, num_pages: int) -> list[bytes]:
         """Chain hashes of the request's first num_pages full pages; shorter if its known tokens are."""
@@ -41,7 +47,7 @@ class KVCache:
             names.append(self._hasher.root(message.adapter, message.cache_salt))
         known = len(names) - 1  # names[0] is the root
         if known < num_pages:
-            tokens = self._known_tokens(request)
+            tokens = self._known_tokens(request)  # [num_tokens]
             for page_idx in range(known, min(num_pages, len(tokens) // self.page_tokens)):
                 start = page_idx * self.page_tokens
                 names.append(self._hasher.extend(names[-1], tokens[start : start + self.page_tokens]))
@@ -49,60 +55,71 @@ class KVCache:
 
     def lookup(self, request: Request) -> int:
         """Pages of its prefix that can be shared now: at most all but the last known token."""
-        limit = (len(self._known_tokens(request)) - 1) // self.page_tokens
-        runs = [0] * len(self._windows)  # per group: cached pages in a row, ending here
-        hit = 0
-        for page_idx, name in enumerate(self.page_names(request, limit)):
-            for group in range(len(runs)):
-                runs[group] = runs[group] + 1 if self.pool.lookup(group, name) is not None else 0
-            wanted = [self._tail_pages(group, page_idx + 1) for group in range(len(runs))]
-            if all(run >= want for run, want in zip(runs, wanted, strict=True)):
-                hit = page_idx + 1
-            elif any(window is None and not run for window, run in zip(self._windows, runs, strict=True)):
-                break  # a global group misses a page: no longer prefix can be whole
+        names = self.page_names(request, (self._num_known(request) - 1) // self.page_tokens)
+        hit = len(names)
+        for group in self._globals:
+            missing = (i for i in range(hit) if self.pool.lookup(group, names[i]) is None)
+            hit = next(missing, hit)
+        is_settled = False
+        while hit and not is_settled:  # every missing page of a window's tail moves the boundary down to it
+            is_settled = True
+            for window, groups in self._sliding:
+                for page_idx in range(hit - 1, hit - self._tail_pages(window, hit) - 1, -1):
+                    if any(self.pool.lookup(group, names[page_idx]) is None for group in groups):
+                        hit, is_settled = page_idx, False
+                        break
         return hit
 
     def admission_cost(self, request: Request, hit_pages: int, chunk_tokens: int) -> int:
         """Free pages it takes until its known tokens are computed: new ones, and cached ones it wakes."""
-        total = -(-len(self._known_tokens(request)) // self.page_tokens)
-        cost = 0
+        names = self.page_names(request, hit_pages)
+        num_new = -(-self._num_known(request) // self.page_tokens) - hit_pages
+        cost = num_new * len(self._globals)
+        for window, groups in self._sliding:
+            tail = self._tail_pages(window, hit_pages)
+            cost += len(groups) * min(num_new, self._max_pages(window, chunk_tokens) - tail)
         for group, window in enumerate(self._windows):
-            tail = self._tail_pages(group, hit_pages)
-            for name in self.page_names(request, hit_pages)[hit_pages - tail :]:
-                page = self.pool.lookup(group, name)
-                assert page is not None
-                cost += self.pool.references(page) == 0
-            new = total - hit_pages
-            if window is not None:
-                new = min(new, -(-(window - 1 + chunk_tokens) // self.page_tokens) + 1)
-            cost += new
+            for name in names[hit_pages - self._tail_pages(window, hit_pages) :]:
+                cost += self.pool.references(self._page(group, name)) == 0
         return cost
+
+    def pages_to_come(self, row: int, chunk_tokens: int) -> int:
+        """Free pages that a running prefill will still take for its known tokens."""
+        end = int(self._end_page[row])
+        num_new = -(-int(self._rows.num_tokens[row]) // self.page_tokens) - end
+        total = num_new * len(self._globals)
+        for idx, (window, groups) in enumerate(self._sliding):
+            held = end - int(self._first_page[idx, row])
+            total += len(groups) * min(num_new, max(0, self._max_pages(window, chunk_tokens) - held))
+        return total
 
     def attach(self, request: Request, row: int, hit_pages: int) -> None:
         """Share the first hit_pages pages with a fresh row."""
         names = self.page_names(request, hit_pages)
-        for group in range(len(self._windows)):
-            first = hit_pages - self._tail_pages(group, hit_pages)
-            self._first_page[group, row] = first
-            for page_idx in range(first, hit_pages):
-                page = self.pool.lookup(group, names[page_idx])
-                assert page is not None, "the hit is gone"
+        for group, window in enumerate(self._windows):
+            first = hit_pages - self._tail_pages(window, hit_pages)
+            pages = [self._page(group, name) for name in names[first:]]
+            for page in pages:
                 self.pool.share(page)
-                self._tables[group, row, page_idx] = page
+            self._tables[group, row, first:hit_pages] = pages
+        for idx, (window, _) in enumerate(self._sliding):
+            self._first_page[idx, row] = hit_pages - self._tail_pages(window, hit_pages)
+        self._end_page[row] = hit_pages
         self._rows.num_computed[row] = hit_pages * self.page_tokens
         request.num_registered = hit_pages
 
     def extend(self, row: int, num_new: int) -> bool:
         """Pages for the next num_new tokens in every group; False, and nothing taken, if the pool has too few."""
-        computed = int(self._rows.num_computed[row])
-        start, end = -(-computed // self.page_tokens), -(-(computed + num_new) // self.page_tokens)
-        while start < end and self._tables[0, row, start] != NULL_PAGE:
-            start += 1  # taken a moment ago, for a smaller chunk of the same step
-        if (end - start) * len(self._windows) > self.pool.num_free:
+        start = int(self._end_page[row])
+        end = -(-(int(self._rows.num_computed[row]) + num_new) // self.page_tokens)
+        if end <= start:
+            return True  # a smaller chunk of the same step may have taken them
+        shape = (end - start, len(self._windows))
+        if shape[0] * shape[1] > self.pool.num_free:
             return False
-        for page_idx in range(start, end):
-            for group in range(len(self._windows)):
-                self._tables[group, row, page_idx] = self.pool.allocate()
+        pages = [self.pool.allocate() for _ in range(shape[0] * shape[1])]
+        self._tables[:, row, start:end] = np.reshape(pages, shape).T
+        self._end_page[row] = end
         return True
 
     def commit(self, request: Request, row: int) -> None:
@@ -110,14 +127,13 @@ class KVCache:
         computed = int(self._rows.num_computed[row])
         if request.is_published:
             self._register(request, row, computed // self.page_tokens)
-        for group, window in enumerate(self._windows):
-            if window is None:
-                continue
+        for idx, (window, groups) in enumerate(self._sliding):
             # Page p goes when its last position (p + 1) P − 1 is at most q − W, q = computed the next query
-            end = max(0, computed - window + 1) // self.page_tokens
-            for page_idx in range(int(self._first_page[group, row]), end):
-                self._drop(group, row, page_idx)
-            self._first_page[group, row] = max(end, self._first_page[group, row])
+            first, end = int(self._first_page[idx, row]), max(0, computed - window + 1) // self.page_tokens
+            if end > first:
+                self._release(self._tables[groups, row, first:end].T)
+                self._tables[groups, row, first:end] = NULL_PAGE
+                self._first_page[idx, row] = end
 
     def publish(self, request: Request) -> None:
         """Offer the pages of a private request to others from now on."""
@@ -128,29 +144,18 @@ class KVCache:
 
     def free(self, row: int) -> None:
         """Give back everything, the tail of the chain first, so that it is reused before its head."""
-        held = -(-int(self._rows.num_tokens[row]) // self.page_tokens)
-        for page_idx in range(held - 1, -1, -1):
-            for group in range(len(self._windows)):
-                self._drop(group, row, page_idx)
-        self._first_page[:, row] = 0
+        end = int(self._end_page[row])
+        self._release(self._tables[:, row, :end].T[::-1])
+        self._tables[:, row, :end] = NULL_PAGE
+        self._first_page[:, row] = self._end_page[row] = 0
 
     def needs_commit(self, before: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.bool_]:
         """For values of num_computed before and after a step: is there anything to name or to give back?"""
         P = self.page_tokens
         changed = before // P != after // P
-        for window in {window for window in self._windows if window is not None}:
+        for window, _ in self._sliding:
             changed |= (before - window + 1) // P != (after - window + 1) // P
         return changed
-
-    def pages_to_come(self, request: Request, chunk_tokens: int) -> int:
-        """Free pages that a running prefill will still take for its known tokens."""
-        assert request.row is not None
-        held = -(-int(self._rows.num_computed[request.row]) // self.page_tokens)
-        new = -(-int(self._rows.num_tokens[request.row]) // self.page_tokens) - held
-        return sum(
-            new if window is None else min(new, -(-(window - 1 + chunk_tokens) // self.page_tokens) + 1)
-            for window in self._windows
-        )
 
     def check(self, running: dict[int, Request]) -> None:
         """Prove that tables and reference counts agree, and that no page that is written has two owners."""
@@ -163,31 +168,55 @@ class KVCache:
                 owners[page] = owners.get(page, 0) + 1
         assert all(self.pool.references(page) == count for page, count in owners.items()), "wrong references"
         assert len(owners) == self.pool.num_used, "a page is used by nobody"
+        for row in range(self._rows.max_seqs):
+            end = int(self._end_page[row])
+            assert not self._tables[:, row, end:].any(), "pages beyond the end of a row"
+            assert self._tables[self._globals, row, :end].all(), "a global group lost a page"
+            for idx, (_, groups) in enumerate(self._sliding):
+                first = int(self._first_page[idx, row])
+                assert not self._tables[groups, row, :first].any(), "a page outlived its window"
+                assert self._tables[groups, row, first:end].all(), "a window lost a page"
         for row in running:
             open_page = int(self._rows.num_computed[row]) // self.page_tokens
             for page in self._tables[:, row, open_page:].ravel():
                 assert page == NULL_PAGE or owners[int(page)] == 1, "a page that is written has two owners"
+                assert page == NULL_PAGE or not self.pool.is_named(int(page)), (
+                    "a page that is written is findable"
+                )
 
-    def _known_tokens(self, request: Request) -> np.ndarray:
+    def _num_known(self, request: Request) -> int:
+        return len(request.token_ids) if request.row is None else int(self._rows.num_tokens[request.row])
+
+    def _known_tokens(self, request: Request) -> NDArray[np.int32]:
         if request.row is None:
             return np.asarray(request.token_ids, np.int32)
         return self._rows.token_ids[request.row, : self._rows.num_tokens[request.row]]
 
-    def _tail_pages(self, group: int, hit_pages: int) -> int:
-        window = self._windows[group]
+    def _tail_pages(self, window: int | None, hit_pages: int) -> int:
+        """How many of the pages before a boundary the query behind it sees."""
         return hit_pages if window is None else min(hit_pages, -(-(window - 1) // self.page_tokens))
 
-    def _register(self, request: Request, row: int, num_pages: int) -> None:
-        names = self.page_names(request, num_pages)
-        for page_idx in range(request.num_registered, len(names)):
-            for group in range(len(self._windows)):
-                page = int(self._tables[group, row, page_idx])
-                if page != NULL_PAGE:
-                    self.pool.register(page, group, names[page_idx])
-        request.num_registered = max(request.num_registered, len(names))
+    def _max_pages(self, window: int, chunk_tokens: int) -> int:
+        """What a sequence holds of a sliding group: the window before a chunk, the chunk, one for misalignment."""
+        return -(-(window - 1 + chunk_tokens) // self.page_tokens) + 1
 
-    def _drop(self, group: int, row: int, page_idx: int) -> None:
-        page = int(self._tables[group, row, page_idx])
-        if page != NULL_PAGE:
-            self._tables[group, row, page_idx] = NULL_PAGE
-            self.pool.release(page)
+    def _page(self, group: int, name: bytes) -> int:
+        page = self.pool.lookup(group, name)
+        assert page is not None, "the hit is gone"
+        return page
+
+    def _register(self, request: Request, row: int, num_pages: int) -> None:
+        start, names = request.num_registered, self.page_names(request, num_pages)
+        if start < len(names):
+            pages = self._tables[:, row, start : len(names)].T.tolist()  # [num_pages, num_groups]
+            for name, of_groups in zip(names[start:], pages, strict=True):
+                for group, page in enumerate(of_groups):
+                    if page != NULL_PAGE:
+                        self.pool.register(page, group, name)
+            request.num_registered = len(names)
+
+    def _release(self, pages: NDArray[np.int32]) -> None:
+        """pages: [num_pages, num_groups], given back in that order; null pages are skipped."""
+        for page in pages.ravel().tolist():
+            if page != NULL_PAGE:
+                self.pool.release(page)

@@ -29,6 +29,10 @@ class PagePool:
         """How many page table entries hold the page."""
         return self._references[page]
 
+    def is_named(self, page: int) -> bool:
+        """Whether its content can be found and shared."""
+        return self._name[page] is not None
+
     def allocate(self) -> int:
         """The least recently used free page, its old content forgotten. Must not be called when num_free is 0."""
         assert self.num_free, "no free page"

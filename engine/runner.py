@@ -14,7 +14,7 @@ from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
 from cabochon.engine.rows import Rows
-from cabochon.engine.sampler import Sampler
+from cabochon.engine.sampler import Sampled, Sampler
 
 LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 
@@ -28,15 +28,18 @@ class Runner:
         self.sampler = sampler
 
     @torch.inference_mode()
-    def run(self, plan: Plan, rows: Rows) -> NDArray[np.int32]:
+    def run(self, plan: Plan, rows: Rows) -> Sampled:
         """Compute the plan. Returns one token per True of plan.samples, in order."""
         sampling = plan.rows[plan.samples]
         hidden = self.sampling_hidden(plan, rows)
-        tokens = [
+        parts = [
             self._sample(hidden[start : start + LOGITS_ROWS], sampling[start : start + LOGITS_ROWS], rows)
             for start in range(0, len(sampling), LOGITS_ROWS)
         ]
-        return np.concatenate([np.empty(0, np.int32), *tokens])
+        return Sampled(
+            np.concatenate([np.empty(0, np.int32), *(part.token_ids for part in parts)]),
+            np.concatenate([np.empty(0, np.bool_), *(part.is_finite for part in parts)]),
+        )
 
     def sampling_hidden(self, plan: Plan, rows: Rows) -> Tensor:
         """[R, E], the hidden rows whose next token is sampled."""
@@ -53,5 +56,11 @@ class Runner:
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE))
         return self._model.logits(padded)[: len(hidden)]
 
-    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> NDArray[np.int32]:
-        return self.sampler.sample(self.logits(hidden), sampling, rows)
+    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> Sampled:
+        logits = self.logits(hidden)
+
+        def exact(row_idx: Tensor, token_ids: Tensor) -> Tensor:
+            return self._model.exact_logits(hidden.index_select(0, row_idx), token_ids)
+
+        is_rounded = logits.dtype != torch.float32
+        return self.sampler.sample(logits, sampling, rows, exact if is_rounded else None)

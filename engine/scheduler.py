@@ -120,6 +120,10 @@ class Scheduler:
         """Requests that got a row in the last schedule()."""
         return [request for request in self._admitted if request.row is not None]
 
+    def request_id(self, row: int) -> str:
+        """Whose row it is."""
+        return self._by_row[row].request_id
+
     def update(self, plan: Plan, token_ids: NDArray[np.int32]) -> list[RequestOutput]:
         """Enter the results of a plan. token_ids: [number of True in plan.samples], in order."""
         rows, now = self._rows, time.monotonic()

@@ -1,0 +1,86 @@
+"""A directory of safetensors, read tensor by tensor: one file, or shards with an index.
+
+Each tensor is handed out once, by name, with the shape the model expects; the caller packs and drops it, so memory
+stays near what the loaded model needs. No pickle is ever read.
+"""
+
+import json
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cabochon.engine.errors import BadCheckpoint
+
+IGNORED = {"lm_head.weight"}  # tied to the embedding; some exporters write it all the same
+
+
+class Checkpoint:
+    """Open with the constructor, `close` when done. Raises BadCheckpoint on missing, truncated or odd files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        for path in self._files():
+            file = self._open(path)
+            self._file_of |= dict.fromkeys(file.keys(), file)
+        self._left = set(self._file_of) - IGNORED
+        self.num_elements = sum(prod(self._shape(name)) for name in self._left)
+
+    def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor `name`, which must have that shape, as dtype."""
+        if name not in self._file_of:
+            raise BadCheckpoint(
+                f"the checkpoint must have a tensor {name}, {self._directory} has none: download it again"
+            )
+        found = self._shape(name)
+        if found != shape:
+            raise BadCheckpoint(
+                f"tensor {name} must be {list(shape)} by config.json, got {list(found)}:"
+                " configuration and weights are of different models"
+            )
+        self._left.discard(name)
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor.to(dtype)
+
+    def close(self) -> None:
+        """Unmap the files. Raises BadCheckpoint if a tensor was never asked for: the model is another one."""
+        self._file_of.clear()
+        self._stack.close()
+        if self._left:
+            raise BadCheckpoint(
+                f"every tensor must belong to the model, {len(self._left)} do not, such as {min(self._left)}:"
+                " configuration and weights are of different models"
+            )
+
+    def _files(self) -> list[Path]:
+        index = self._directory / "model.safetensors.index.json"
+        if not index.is_file():
+            return sorted(self._directory.glob("*.safetensors"))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BadCheckpoint(
+                f"{index.name} must map tensors to files, it does not: download it again"
+            ) from error
+        return [self._directory / name for name in names]
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError as error:
+            raise BadCheckpoint(
+                f"the shard {path.name} must exist, it does not: download it again"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise BadCheckpoint(
+                f"{path.name} must be a whole safetensors file ({error}): download it again"
+            ) from error
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of[name].get_slice(name).get_shape())

@@ -1,0 +1,126 @@
+"""The next token of each row, from its logits, its parameters and its own tokens alone: no other row enters.
+
+Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p and min-p, noise, argmax. Greedy rows
+without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cabochon.engine.request import Request
+from cabochon.engine.rows import Rows
+from cabochon.engine.sampling_params import SamplingParams
+from cabochon.kernels.definitions import softcap_
+from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
+
+ExactLogits = Callable[[Tensor, Tensor], Tensor]  # rows [C], token ids [C] -> fp32 logits [C]
+
+
+class Sampled(NamedTuple):
+    """token_ids: [R] int32; meaningless where is_finite ([R] bool) is False: the logits held NaN."""
+
+    token_ids: NDArray[np.int32]
+    is_finite: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    params: SamplingParams
+    stop_ids: Tensor  # [n] int64, banned before min_tokens
+    bias_ids: Tensor  # [n] int64
+    bias: Tensor  # [n] fp32
+
+
+class Sampler:
+    """Parameters per row, set at admission; all history is in Rows."""
+
+    def __init__(self, vocab_size: int, final_softcap: float | None) -> None:
+        self._vocab_size = vocab_size
+        self._softcap = final_softcap
+        self._rows: dict[int, _Row] = {}
+
+    def set_row(self, request: Request) -> None:
+        """Take the parameters of a request that has just got its row."""
+        assert request.row is not None
+        params = request.message.params
+        self._rows[request.row] = _Row(
+            params,
+            torch.tensor(sorted(request.stop_ids), dtype=torch.int64),
+            torch.tensor(list(params.logit_bias), dtype=torch.int64),
+            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32),
+        )
+
+    def sample(
+        self, logits: Tensor, row_ids: NDArray[np.int32], rows: Rows, exact: ExactLogits | None = None
+    ) -> Sampled:
+        """logits: [R, V] not softcapped, of rows row_ids [R]. `exact` settles ties that a rounded dtype made."""
+        highest, token_ids = logits.max(-1)  # NaN wins, so it shows
+        plain = [self._is_plain(int(row), rows) for row in row_ids]
+        if exact is not None and any(plain):
+            self._settle_ties(logits, highest, token_ids, exact)
+        chosen = token_ids.numpy().astype(np.int32)
+        is_finite = ~highest.isnan().numpy()
+        for index, row in enumerate(row_ids.tolist()):
+            if not plain[index] and is_finite[index]:
+                chosen[index] = self._choose(logits[index].float(), row, rows)
+        return Sampled(chosen, is_finite)
+
+    def _is_plain(self, row: int, rows: Rows) -> bool:
+        params = self._rows[row].params
+        is_free = rows.num_tokens[row] - rows.num_prompt[row] >= params.min_tokens
+        return params.is_greedy and not params.has_penalties and not params.logit_bias and bool(is_free)
+
+    def _settle_ties(self, logits: Tensor, highest: Tensor, token_ids: Tensor, exact: ExactLogits) -> None:
+        """Among tokens that share the rounded maximum, take the largest fp32 logit, then the lowest id."""
+        row_of, ids = (logits == highest[:, None]).nonzero(as_tuple=True)  # by row, ascending ids
+        tied = torch.bincount(row_of, minlength=len(logits)) > 1
+        is_tied = tied[row_of]
+        row_of, ids = row_of[is_tied], ids[is_tied]
+        if not len(ids):
+            return
+        values = exact(row_of, ids)
+        for row in row_of.unique().tolist():
+            mine = row_of == row
+            token_ids[row] = ids[mine][values[mine].argmax()]
+
+    def _choose(self, logits: Tensor, row: int, rows: Rows) -> int:
+        """logits: [V] fp32, uncapped, ours to overwrite."""
+        state = self._rows[row]
+        params = state.params
+        if self._softcap is not None:
+            logits = softcap_(logits, self._softcap)
+        if len(state.bias_ids):
+            logits[state.bias_ids] += state.bias
+        if params.has_penalties:
+            _penalize(logits, row, rows, params)
+        if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
+            logits[state.stop_ids] = -torch.inf
+        if params.is_greedy:
+            return int(logits.argmax())
+        scaled = logits.div_(params.temperature)
+        if params.top_k or params.top_p < 1 or params.min_p:
+            threshold = truncation_threshold(
+                scaled, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+            )
+            scaled.masked_fill_(scaled < threshold, -torch.inf)
+        return gumbel_argmax(scaled, params.seed, int(rows.num_tokens[row]))
+
+
+def _penalize(logits: Tensor, row: int, rows: Rows, params: SamplingParams) -> None:
+    known = rows.token_ids[row, : rows.num_tokens[row]]
+    output_ids, counts = np.unique(known[rows.num_prompt[row] :], return_counts=True)
+    penalize_(
+        logits,
+        torch.from_numpy(np.unique(known).astype(np.int64)),
+        torch.from_numpy(output_ids.astype(np.int64)),
+        torch.from_numpy(counts),
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+    )
