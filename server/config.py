@@ -1,0 +1,38 @@
+"""Options of the HTTP server: frozen, flat, each with its unit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cabochon.engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What the server is told. Raises ConfigError on a value out of range."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 in a container
+    port: int = 8000  # TCP port; 0: any free one
+    served_model_name: str | None = None  # name clients use, beside the model as given
+    api_key_file: str | None = None  # a key per line, read again when it changes; None: no key is asked for
+    system_role: Literal["error", "prepend"] = (
+        "error"  # for models without one: refuse, or put into the first turn
+    )
+    chat_template: str | None = None  # jinja file instead of the checkpoint's template
+    max_body_bytes: int = 16 * 2**20  # larger request bodies are refused with 413
+    max_queued_requests: int = 1024  # open requests at most, a bound on memory; beyond it 429
+    max_queue_wait_s: float = 60.0  # predicted wait above it: 429 with Retry-After
+    step_timeout_s: float = 60.0  # work pending and no step for that long: the engine counts as hung
+    lame_duck_s: float = 0.0  # after SIGTERM: health says 503, new requests are still served (30 on GKE)
+    drain_timeout_s: float = 60.0  # then running requests may finish; at the end they get an error
+    log_format: Literal["plain", "json"] = "plain"  # json: a JSON object per line
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in [0, 65535], got {self.port}: choose another")
+        for name in ("max_body_bytes", "max_queued_requests", "max_queue_wait_s", "step_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}: raise it")
+        for name in ("lame_duck_s", "drain_timeout_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be 0 or more seconds, got {getattr(self, name)}: raise it")

@@ -1,0 +1,112 @@
+"""From engine outputs to text: one choice each, several merged, aborted when nobody listens any more."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from cabochon.engine.detokenizer import Detokenizer
+from cabochon.engine.engine import Engine
+from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput
+from cabochon.server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a step added to choice `index`."""
+
+    index: int
+    text: str
+    num_tokens: int
+    cached_tokens: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One engine request and the text it becomes."""
+
+    index: int
+    request: GenerateRequest
+    detokenizer: Detokenizer
+    num_tokens: int = 0
+    last_token_s: float = field(default=0.0)
+
+
+async def run_choices(
+    engine: Engine, choices: Sequence[Choice], metrics: Metrics
+) -> AsyncGenerator[Delta, None]:
+    """Deltas of all choices as they come. Closing it, or an error of one, aborts them all."""
+    if len(choices) == 1:
+        async with aclosing(_run(engine, choices[0], metrics)) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with aclosing(_run(engine, choice, metrics)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+        except Exception as error:  # handed to the one border that answers
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerator[Delta, None]:
+    request = choice.request
+    is_ended = False
+    try:
+        async for output in engine.submit(request):
+            now = time.monotonic()
+            metrics.observe_output(output, request.arrival_s, choice.last_token_s, now)
+            choice.last_token_s = now
+            choice.num_tokens += len(output.token_ids)
+            delta = _delta(choice, output)
+            if delta.finish_reason is not None:
+                is_ended = output.finish_reason is not None
+                metrics.observe_end(request, output, choice.num_tokens, delta.finish_reason, now)
+            yield delta
+            if delta.finish_reason is not None:
+                return
+    except Exception:
+        is_ended = True
+        metrics.count_end("error")
+        raise
+    finally:
+        if not is_ended:  # a stop string, or nobody listens
+            engine.abort(request.request_id)
+            if choice.detokenizer.stop_string is None:
+                metrics.count_end("abort")
+
+
+def _delta(choice: Choice, output: RequestOutput) -> Delta:
+    """A stop token's own text is not shown."""
+    detokenizer = choice.detokenizer
+    shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
+    text = detokenizer.feed(shown)
+    finish_reason = output.finish_reason
+    if finish_reason is not None:
+        text += detokenizer.flush()
+    if detokenizer.stop_string is not None:
+        finish_reason = "stop"
+    return Delta(choice.index, text, len(output.token_ids), output.cached_tokens, finish_reason)

@@ -1,0 +1,212 @@
+"""Bodies of the OpenAI endpoints. Every parameter is implemented exactly, or refused by name; none is ignored.
+
+A field that is null counts as absent, at every depth. Types are strict: "0.5" is no number, true is no integer.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cabochon.server.errors import ApiError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_CHOICES = 64  # n, and prompts · n of one body
+
+# Accepted, and of no effect on a self-hosted model.
+NO_EFFECT = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "prediction",
+        "verbosity",
+        "reasoning_effort",
+    }
+)
+# Not implemented yet: fine as long as the value asks for nothing.
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """What a stream says beside the text."""
+
+    include_usage: bool = False  # a last chunk with the usage
+    continuous_usage_stats: bool = False  # the usage on every chunk
+
+
+class GenerationRequest(_Strict):
+    """What chat and completions share."""
+
+    model: str | None = Field(None, description="The served model; absent: the one there is")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    seed: int | None = Field(None, description="Same seed, same tokens; choice i uses seed + i")
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=1024)
+    min_tokens: int = 0
+    stop: StopString | Stop = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=256)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class TextPart(_Strict):
+    """A part of a message; only text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions"""
+
+    prompt: (
+        str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] = 16  # OpenAI's default
+    echo: bool = False
+
+
+class TokenizeRequest(_Strict):
+    """POST /tokenize: a prompt, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """The body as `kind`. Raises ApiError (400) that names the field and never shows its value."""
+    try:
+        content = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise ApiError("the body must be a JSON object: send {...}", code="invalid_json")
+    try:
+        fields = {name: value for name, value in without_nulls(content).items() if name not in NO_EFFECT}
+    except RecursionError:
+        raise ApiError("the body must not be nested so deeply: flatten it", code="invalid_json") from None
+    for name, harmless in ASKS_NOTHING.items():
+        if name in fields and name not in kind.model_fields:
+            if not any(type(fields[name]) is type(value) and fields[name] == value for value in harmless):
+                raise ApiError(
+                    f"{name} must be absent: this server does not support it yet",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+            del fields[name]
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Clients replay objects with fields they never set: a null is no value, at every depth."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _first_error(error: ValidationError) -> ApiError:
+    """Of a union's complaints, the one that got deepest into the value is the useful one."""
+    errors = error.errors(include_input=False, include_url=False, include_context=False)
+    unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
+    first = unknown or max(errors, key=lambda e: (e["loc"][:1] == errors[0]["loc"][:1], len(e["loc"])))
+    names = [str(part) for part in first["loc"] if _is_name(part)]
+    param = names[0] if names else None
+    where = ".".join(names) or "the body"
+    if unknown is not None:
+        return ApiError(
+            f"{where} is not a parameter of this endpoint: leave it out",
+            param=where,
+            code="unknown_parameter",
+        )
+    if first["type"] == "missing":
+        return ApiError(f"{where} must be given: add it", param=where, code="missing_required_parameter")
+    return ApiError(f"{where} is not valid: {first['msg']}", param=param)
+
+
+def _is_name(part: object) -> bool:
+    """pydantic puts the union's branch into the path: list[str], constrained-str, ..."""
+    return isinstance(part, int) or (
+        isinstance(part, str) and part.isidentifier() and part not in ("str", "int")
+    )

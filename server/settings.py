@@ -1,0 +1,160 @@
+"""Flags, CABOCHON_* variables and a YAML file, into the frozen configs: the only place that reads the environment.
+
+Precedence: flag, variable, file, default. A key or variable that is not an option is an error that names it.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError, create_model
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from cabochon.engine.config import EngineConfig
+from cabochon.engine.errors import ConfigError
+from cabochon.server.config import ServerConfig
+
+PREFIX = "CABOCHON_"
+CONFIG_FLAG = "config"
+
+
+class Settings(NamedTuple):
+    """What the process was told, validated."""
+
+    server: ServerConfig
+    engine: EngineConfig
+
+
+def load_settings(args: Sequence[str]) -> Settings:
+    """args: flags, such as ["--max-seqs", "8", "--config", "file.yaml"]. Raises ConfigError."""
+    file, flags = _take_config_flag(list(args))
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in _variables()]
+    if unknown:
+        raise ConfigError(_not_an_option(unknown[0], sorted(_variables())))
+    values = {**_from_file(file), **_from_environment(), **_from_flags(flags)}
+    try:
+        checked = _model()(**values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = first["loc"][0] if first["loc"] else "an option"
+        raise ConfigError(f"{name}: {first['msg']}, got {values.get(str(name))}") from None
+    given = {name: getattr(checked, name) for name in _fields()}
+    return Settings(
+        *(
+            cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)})
+            for cls in (ServerConfig, EngineConfig)
+        )
+    )
+
+
+def set_process_environment() -> None:
+    """No third party is told anything: must run before the libraries concerned are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def option_help() -> str:
+    """All flags with their defaults, one a line."""
+    return "\n".join(
+        f"  --{name.replace('_', '-'):<22} {_type_name(field.type):<34} default {field.default}"
+        for name, field in _fields().items()
+    )
+
+
+def _fields() -> dict[str, Any]:
+    fields = [field for cls in (EngineConfig, ServerConfig) for field in dataclasses.fields(cls)]
+    names = [field.name for field in fields]
+    assert len(set(names)) == len(names), "an option is in both configs"
+    return {field.name: field for field in fields}
+
+
+def _variables() -> set[str]:
+    return {PREFIX + name.upper() for name in _fields()} | {PREFIX + "TEST_ALL"}
+
+
+def _model() -> type[BaseSettings]:
+    return create_model(
+        "CabochonSettings",
+        __base__=_PlainSettings,
+        **{name: (field.type, field.default) for name, field in _fields().items()},
+    )
+
+
+class _PlainSettings(BaseSettings):
+    """Takes values as given: the sources are read one by one, for errors of our own."""
+
+    model_config = SettingsConfigDict(extra="forbid", env_prefix=PREFIX, cli_kebab_case=True)
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+        return (init_settings,)
+
+
+def _from_environment() -> dict[str, Any]:
+    return dict(EnvSettingsSource(_model(), env_prefix=PREFIX)())
+
+
+def _from_flags(flags: list[str]) -> dict[str, Any]:
+    try:
+        source: Any = CliSettingsSource(
+            _model(), cli_parse_args=flags, cli_exit_on_error=False, cli_kebab_case=True
+        )
+    except SettingsError as error:
+        bad = next(
+            (flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in _flags()), None
+        )
+        if bad is not None:
+            raise ConfigError(_not_an_option(bad.split("=")[0], _flags())) from None
+        raise ConfigError(f"flags must be --option VALUE: {error}; see `cabochon --help`") from None
+    return dict(source())
+
+
+def _flags() -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name in (*_fields(), CONFIG_FLAG)]
+
+
+def _from_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config must name a YAML file, {path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold `option: value` lines, it holds a {type(content).__name__}")
+    for name in content:
+        if name not in _fields():
+            raise ConfigError(_not_an_option(f"{name} in {path}", sorted(_fields()), str(name)))
+    return content
+
+
+def _take_config_flag(args: list[str]) -> tuple[str | None, list[str]]:
+    for index, arg in enumerate(args):
+        if arg == f"--{CONFIG_FLAG}":
+            if index + 1 == len(args):
+                raise ConfigError("--config must be followed by a file: add it")
+            return args[index + 1], args[:index] + args[index + 2 :]
+        if arg.startswith(f"--{CONFIG_FLAG}="):
+            return arg.split("=", 1)[1], args[:index] + args[index + 1 :]
+    return None, args
+
+
+def _not_an_option(given: str, known: Sequence[str], word: str | None = None) -> str:
+    close = difflib.get_close_matches(word or given, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "`cabochon --help` lists them"
+    return f"{given} is not an option: {hint}"
+
+
+def _type_name(kind: Any) -> str:
+    name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+    return name.replace("typing.", "")

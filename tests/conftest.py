@@ -1,0 +1,43 @@
+"""Without a GPU the kernels run in Triton's interpreter: the switch must be set before triton is imported."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from random_gemma import random_gemma2, random_gemma3
+from tiny_tokenizer import tiny_tokenizer
+
+from cabochon.engine.models.source import locate
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """Gemma 3 270M, converted once per machine into the default cache."""
+    return locate("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 2 checkpoint of a few kilobytes, with a tokenizer: fp32, window 8."""
+    return _save(tmp_path_factory.mktemp("gemma2"), random_gemma2)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _save(tmp_path_factory.mktemp("gemma3"), random_gemma3)
+
+
+def _save(directory: Path, make: Callable[..., torch.nn.Module]) -> Path:
+    tokenizer = tiny_tokenizer()
+    model = make(vocab_size=tokenizer.get_vocab_size(), eos_token_id=1, bos_token_id=2, pad_token_id=0)
+    model.save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
