@@ -17,7 +17,7 @@ class Linear:
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes
-        self._is_packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._is_packed = weight.device.type == "cpu" and torch._C._has_mkldnn
         # Private operators, but those that torch's own inductor emits for frozen CPU weights: pinned by torch's range.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 

@@ -48,7 +48,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     gate_up: [T, 2 F], gate first. Returns [T, F].
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    activated = torch.cat([_gelu(tile) for tile in gate.split(GELU_TILE_ROWS)]) if len(gate) else gate
+    activated = torch.cat([_gelu(tile) for tile in torch.split(gate, GELU_TILE_ROWS)]) if len(gate) else gate
     return activated * up
 
 

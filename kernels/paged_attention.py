@@ -191,7 +191,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, section: Section, num_kv_heads: int, softcap: float | None, key_tile: int
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
-    batch, num_keys = section.num_seqs, section.num_keys
+    batch = section.num_seqs
     per_seq, group = num_tokens // batch, num_heads // num_kv_heads
     rows = per_seq * group
     q = q.view(batch, per_seq, num_kv_heads, group, head_dim).transpose(1, 2)
@@ -201,7 +201,7 @@ def _attend(
     scores = torch.bmm(q, k.mT)[:, :rows]  # [B Hkv, n G, nk]
     if softcap is not None:
         scores = softcap_(scores, softcap)
-    view = scores.unflatten(1, (per_seq, group)).unflatten(0, (batch, num_kv_heads))  # [B, Hkv, n, G, nk]
+    view = torch.unflatten(torch.unflatten(scores, 1, (per_seq, group)), 0, (batch, num_kv_heads))
     for mask in section.masks:
         hidden = mask.is_hidden.view(batch, 1, per_seq, 1, mask.end - mask.start)
         view[..., mask.start : mask.end].masked_fill_(hidden, -torch.inf)
@@ -216,12 +216,10 @@ def _attend(
 
 def _sum_tiles(p: Tensor, v: Tensor, key_tile: int) -> tuple[Tensor, Tensor]:
     """Σ p [.., rows] and Σ p·v [.., rows padded, D], a partial per tile, added in the order of the tiles."""
-    batch, rows, num_keys = p.shape
+    rows = p.shape[1]
     padded = torch.nn.functional.pad(p, (0, 0, 0, -rows % ROW_MULTIPLE)) if rows % ROW_MULTIPLE else p
-    total = acc = None
-    for start in range(0, num_keys, key_tile):
+    total, acc = p[..., :key_tile].sum(-1), torch.bmm(padded[..., :key_tile], v[:, :key_tile])
+    for start in range(key_tile, p.shape[2], key_tile):
         tile = slice(start, start + key_tile)
-        part_total, part = p[..., tile].sum(-1), torch.bmm(padded[..., tile], v[:, tile])
-        total, acc = (part_total, part) if acc is None else (total + part_total, acc + part)
-    assert total is not None and acc is not None
+        total, acc = total + p[..., tile].sum(-1), acc + torch.bmm(padded[..., tile], v[:, tile])
     return total, acc

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from cabochon.engine.engine import Engine
 from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
 
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client's
 
 # Bounds in seconds and tokens as vLLM's (v1/metrics/loggers.py), so that dashboards line up.
 FIRST_TOKEN_S = (

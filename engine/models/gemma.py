@@ -114,7 +114,7 @@ class Gemma:
     ) -> Tensor:
         config = self.config
         heads = layer.qkv(x).view(len(x), -1, config.head_dim)  # [T', Hq + 2 Hkv, D]
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, config.norm_eps)
             k = rms_norm(k, layer.k_norm, config.norm_eps)

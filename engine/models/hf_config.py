@@ -104,7 +104,8 @@ def _translate(config: Any, model_type: str, generation: dict[str, Any]) -> Mode
 def _rope(config: Any, kind: str) -> dict[str, Any]:
     """transformers 5 keeps one set of parameters (Gemma 2) or one per kind of layer (Gemma 3)."""
     parameters: dict[str, Any] = config.rope_parameters
-    return parameters.get(kind, parameters)
+    of_kind: dict[str, Any] = parameters.get(kind, parameters)
+    return of_kind
 
 
 def _linear_factor(rope: dict[str, Any]) -> float:

@@ -1,0 +1,181 @@
+"""An engine without a model: output token i is prompt_ids[i % len(prompt_ids)]. For tests of the server.
+
+It paces its tokens, breaks and refuses on demand, and otherwise keeps the contract of engine.py to the letter.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+from cabochon.engine.admission import check_request
+from cabochon.engine.engine import Engine
+from cabochon.engine.errors import EngineDead, EngineError
+from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput, StepOutput
+
+FAKE_INFO = EngineInfo(
+    model="fake",
+    architecture="FakeForCausalLM",
+    model_dir="",
+    dtype="fp32",
+    device="none",
+    attention_backend="none",
+    vocab_size=1024,
+    max_model_len=1024,
+    max_seqs=64,
+    eos_token_ids=[1],
+    page_tokens=16,
+    num_pages=1024,
+    num_groups=2,
+    kv_bytes=0,
+    weight_bytes=0,
+    load_s=0.0,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeFaults:
+    """What goes wrong, and when. Tests change the fields at any time."""
+
+    delay_s: float = 0.0  # before each step
+    tokens_per_step: int = 1  # of each request
+    dies_after_tokens: int | None = None  # the engine dies when it has made that many
+    refuses: EngineError | None = None  # every request ends with it
+    fails_after_tokens: dict[int, EngineError] = field(default_factory=dict)  # by tokens of one request
+    is_paused: bool = False  # no step happens
+
+
+class FakeEngine(Engine):
+    """Runs in the event loop of its caller; each request is a stream of its own."""
+
+    def __init__(self, info: EngineInfo = FAKE_INFO, faults: FakeFaults | None = None) -> None:
+        self._info = info
+        self.faults = faults or FakeFaults()
+        self.open: dict[str, GenerateRequest] = {}
+        self.aborted: list[str] = []
+        self.published: list[str] = []
+        self.seen: list[GenerateRequest] = []
+        self.snapshot = EngineStats(pages_total=info.num_pages)
+        self._dead_reason: str | None = None
+        self._changed = asyncio.Event()  # wakes streams that sleep between tokens
+        self._on_step: list[Callable[[StepOutput], None]] = []
+        self._num_generated = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        self.seen.append(request)
+        if self._dead_reason is None:
+            self.open[request.request_id] = request
+        return self._stream(request)
+
+    def publish(self, request_id: str) -> None:
+        self.published.append(request_id)
+
+    def abort(self, request_id: str) -> None:
+        if self.open.pop(request_id, None) is not None:
+            self.aborted.append(request_id)
+            self._wake()
+
+    def stats(self) -> EngineStats:
+        return replace(self.snapshot, running=len(self.open))
+
+    def on_step(self, listener: Callable[[StepOutput], None]) -> None:
+        self._on_step.append(listener)
+
+    def dead_reason(self) -> str | None:
+        return self._dead_reason
+
+    def die(self, reason: str = "the engine process ended, exit code -9: restart the server") -> None:
+        """End every open request with EngineDead."""
+        self._dead_reason = self._dead_reason or reason
+        self.open.clear()
+        self._wake()
+
+    async def shutdown(self) -> None:
+        self.die("the engine was shut down")
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _stream(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        try:
+            max_tokens = self._check(request)
+            scheduled_s = time.monotonic()
+            first_token_s = 0.0
+            made = 0
+            while True:
+                await self._next_step(request.request_id)
+                output = self._tokens(request, made, max_tokens)
+                made += len(output.token_ids)
+                first_token_s = first_token_s or time.monotonic()
+                output.scheduled_s, output.first_token_s = scheduled_s, first_token_s
+                if made in self.faults.fails_after_tokens:
+                    raise self.faults.fails_after_tokens[made]
+                self._count(output)
+                if output.finish_reason is not None:
+                    self.open.pop(request.request_id, None)
+                yield output
+                if output.finish_reason is not None:
+                    return
+        except GeneratorExit:
+            self.abort(request.request_id)
+            raise
+        finally:
+            self.open.pop(request.request_id, None)
+
+    def _check(self, request: GenerateRequest) -> int:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+        if self.faults.refuses is not None:
+            raise self.faults.refuses
+        return check_request(
+            request, max_model_len=self._info.max_model_len, vocab_size=self._info.vocab_size
+        )
+
+    async def _next_step(self, request_id: str) -> None:
+        """Wait for the delay, and while paused. An aborted request waits for ever, as in the real engine."""
+        end_s = time.monotonic() + self.faults.delay_s
+        while True:
+            if self._dead_reason is not None:
+                raise EngineDead(self._dead_reason)
+            is_waiting = self.faults.is_paused or request_id not in self.open
+            rest_s = 0.02 if is_waiting else end_s - time.monotonic()
+            if not is_waiting and rest_s <= 0:
+                await asyncio.sleep(0)
+                return
+            changed = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait([changed], timeout=rest_s)
+            changed.cancel()
+
+    def _tokens(self, request: GenerateRequest, made: int, max_tokens: int) -> RequestOutput:
+        params, prompt = request.params, request.prompt_ids
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._info.eos_token_ids)}
+        output = RequestOutput(request_id=request.request_id, token_ids=[])
+        for index in range(made, min(made + self.faults.tokens_per_step, max_tokens)):
+            token_id = prompt[index % len(prompt)]
+            output.token_ids.append(token_id)
+            if token_id in stop_ids and index >= params.min_tokens:
+                output.finish_reason, output.stop_token_id = "stop", token_id
+                return output
+        if made + len(output.token_ids) >= max_tokens:
+            output.finish_reason = "length"
+        return output
+
+    def _count(self, output: RequestOutput) -> None:
+        num_tokens = len(output.token_ids)
+        self._num_generated += num_tokens
+        self.snapshot = replace(
+            self.snapshot,
+            steps=self.snapshot.steps + 1,
+            step_tokens=num_tokens,
+            generation_tokens=self._num_generated,
+        )
+        for listener in self._on_step:
+            listener(StepOutput(outputs=[output], stats=self.snapshot))
+        limit = self.faults.dies_after_tokens
+        if limit is not None and self._num_generated >= limit:
+            self.die()

@@ -1,0 +1,175 @@
+"""The FastAPI application over any Engine: OpenAI's endpoints, probes, metrics."""
+
+import html
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+
+from cabochon.engine.detokenizer import Detokenizer
+from cabochon.engine.errors import EngineError
+from cabochon.server.auth import ApiKeys
+from cabochon.server.errors import ApiError, as_api_error
+from cabochon.server.middleware import Border
+from cabochon.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
+from cabochon.server.service import VERSION, Service
+from cabochon.server.streaming import JsonResponse, read_body
+
+logger = logging.getLogger(__name__)
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_app(service: Service) -> FastAPI:
+    """All routes. The caller starts and stops the engine, and drains through service.lifecycle."""
+    app = FastAPI(title="Cabochon", version=VERSION, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Border, keys=ApiKeys(service.config.api_key_file))
+    _add_generation(app, service)
+    _add_tokenizer(app, service)
+    _add_models(app, service)
+    _add_operations(app, service)
+    for kind in (ApiError, EngineError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a chat."""
+        body = parse(ChatRequest, await _read(request, service))
+        return await service.respond(await service.chat(body, _id(request)), request.receive)
+
+    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue one prompt or several, text or token ids."""
+        body = parse(CompletionRequest, await _read(request, service))
+        return await service.respond(await service.completion(body, _id(request)), request.receive)
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a prompt, or of messages through the chat template."""
+        body = parse(TokenizeRequest, await _read(request, service))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError("exactly one of prompt and messages must be given: send one", param="prompt")
+        if body.messages is not None:
+            ids = await service.prompts.of_messages(body.messages)
+        else:
+            ids = await service.prompts.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        limit = service.engine.info.max_model_len
+        return JsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
+
+    @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """Text of token ids."""
+        body = parse(DetokenizeRequest, await _read(request, service))
+        service.check_model(body.model)
+        size = service.engine.info.vocab_size
+        if any(not 0 <= token_id < size for token_id in body.tokens):
+            raise ApiError(f"tokens must be ids in [0, {size}): correct them", param="tokens")
+        detokenizer = Detokenizer(service.prompts.token_bytes, skip_special_tokens=False)
+        return JsonResponse({"prompt": detokenizer.feed(body.tokens) + detokenizer.flush()})
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def model(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "cabochon",
+            "root": service.engine.info.model,
+            "parent": None,
+            "max_model_len": service.engine.info.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The served model, under each of its names."""
+        return JsonResponse({"object": "list", "data": [model(name) for name in service.names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        """One model."""
+        return JsonResponse(model(service.check_model(name)))
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    @app.get("/-/healthz")
+    async def health() -> Response:
+        """200 if requests should be sent here, else 503 with the reason."""
+        status, word = service.lifecycle.health()
+        return JsonResponse({"status": word}, status)
+
+    @app.get("/version")
+    async def version() -> Response:
+        """Of Cabochon."""
+        return JsonResponse({"version": VERSION})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    async def docs() -> Response:
+        """A list of the routes that loads nothing from anywhere; /openapi.json has every field."""
+        rows = [
+            f"<tr><td>{method.upper()}</td><td>{html.escape(path)}</td><td>{html.escape(str(route['description']))}</td>"
+            for path, routes in app.openapi()["paths"].items()
+            for method, route in routes.items()
+        ]
+        title = f"Cabochon {VERSION}: {html.escape(service.names[0])}"
+        return HTMLResponse(
+            f"<!doctype html><title>{title}</title><h1>{title}</h1><table>{''.join(rows)}</table>"
+            "<p><a href='openapi.json'>openapi.json</a></p>"
+        )
+
+
+async def _read(request: Request, service: Service) -> bytes:
+    return await read_body(request, service.config.max_body_bytes)
+
+
+def _id(request: Request) -> str:
+    return str(request.state.request_id)
+
+
+def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """Bodies are parsed by protocol.parse, which reports errors in OpenAI's shape: tell OpenAPI what they hold."""
+    schema = kind.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        what = {404: "path", 405: "method"}.get(error.status_code, "request")
+        error = ApiError(
+            f"the {what} must be one of this server's: see /docs",
+            status=error.status_code,
+            code=f"unknown_{what}",
+        )
+    answer = as_api_error(error)
+    if answer.code == "internal_error":
+        logger.error("request failed id=%s", _id(request), exc_info=error)
+    return JsonResponse(answer.body(), answer.status, answer.headers)
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's code for a client that went away; nobody reads it

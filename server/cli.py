@@ -1,0 +1,102 @@
+"""The command: cabochon serve | generate | verify | config | version. See `cabochon --help`."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import time
+from uuid import uuid4
+
+import yaml
+
+from cabochon.engine.detokenizer import Detokenizer
+from cabochon.engine.errors import ConfigError, EngineError, ModelError
+from cabochon.engine.messages import GenerateRequest
+from cabochon.engine.sampling_params import SamplingParams
+from cabochon.server.logs import set_up_logging
+from cabochon.server.prompts import load_prompts
+from cabochon.server.serve import find_model, serve, start_engine
+from cabochon.server.service import VERSION
+from cabochon.server.settings import Settings, load_settings, option_help, set_process_environment
+
+USAGE = """cabochon COMMAND [--option VALUE ...]
+
+  serve              OpenAI-compatible server at http://HOST:PORT/v1
+  generate PROMPT    continue a prompt in the terminal
+  verify [MODEL]     compare logits and greedy tokens with transformers, on this machine and these weights
+  config             print the settings that the options give, as YAML
+  version            print the version
+
+Options (also as CABOCHON_* variables, or in a YAML file given with --config FILE):
+"""
+GENERATE_TOKENS = 128
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    set_process_environment()
+    command, *args = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h", "help") or "--help" in args:
+        print(USAGE + option_help())
+        sys.exit(0)
+    if command in ("version", "--version"):
+        print(VERSION)
+        sys.exit(0)
+    if command == "verify":  # needs torch and transformers, which this process never loads
+        os.execv(sys.executable, [sys.executable, "-m", "cabochon.engine.models.verify", *args])
+    try:
+        sys.exit(_run(command, args))
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except (ModelError, EngineError) as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(command: str, args: list[str]) -> int:
+    prompt = args.pop(0) if command == "generate" and args and not args[0].startswith("--") else ""
+    settings = load_settings(args)
+    if command == "config":
+        merged = {**dataclasses.asdict(settings.engine), **dataclasses.asdict(settings.server)}
+        print(yaml.safe_dump(merged, sort_keys=False), end="")
+        return 0
+    if command == "serve":
+        set_up_logging(settings.server.log_format, settings.server.log_level)
+        return asyncio.run(serve(settings))
+    if command == "generate":
+        if not prompt:
+            raise ConfigError('generate must be followed by a prompt: cabochon generate "Once upon a time"')
+        set_up_logging("plain", "warning")
+        return asyncio.run(_generate(prompt, settings))
+    raise ConfigError(f"{command} is not a command: see `cabochon --help`")
+
+
+async def _generate(prompt: str, settings: Settings) -> int:
+    directory = await find_model(settings)
+    engine = await start_engine(settings, directory)
+    try:
+        prompts = load_prompts(directory, settings.server)
+        request = GenerateRequest(
+            request_id=uuid4().hex,
+            prompt_ids=await prompts.encode(prompt),
+            params=SamplingParams(temperature=0, max_tokens=GENERATE_TOKENS),
+            arrival_s=time.monotonic(),
+        )
+        detokenizer = Detokenizer(prompts.token_bytes)
+        print(prompt, end="", flush=True)
+        async for output in engine.submit(request):
+            print(detokenizer.feed(output.token_ids), end="", flush=True)
+        print(detokenizer.flush())
+        return 0
+    finally:
+        await engine.shutdown()
+
+
+def _complain(error: Exception, code: int) -> int:
+    logging.getLogger(__name__).debug("failed", exc_info=error)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"cabochon: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,238 @@
+"""What the routes share: from a parsed body to engine requests, and from their text to an answer."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+from uuid import uuid4
+
+from starlette.types import Receive
+
+from cabochon.engine.admission import check_request
+from cabochon.engine.detokenizer import Detokenizer
+from cabochon.engine.engine import Engine
+from cabochon.engine.messages import GenerateRequest
+from cabochon.engine.sampling_params import MAX_SEED, SamplingParams
+from cabochon.server.config import ServerConfig
+from cabochon.server.errors import ApiError, as_api_error
+from cabochon.server.formats import Format, Usage
+from cabochon.server.generation import Choice, Delta, run_choices
+from cabochon.server.lifecycle import Lifecycle
+from cabochon.server.metrics import Metrics
+from cabochon.server.prompts import Prompts
+from cabochon.server.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+from cabochon.server.streaming import DONE, EventStream, JsonResponse, event, or_disconnect
+
+VERSION = version("cabochon")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A body, ready to run. echo: per choice, text that goes before the generated one."""
+
+    choices: list[Choice]
+    echo: list[str]
+    frame: Format
+    usage: Usage
+    prompts_of: list[int]  # per choice, which prompt it continues
+    is_stream: bool
+    include_usage: bool
+    continuous_usage: bool
+
+
+class Service:
+    """One served model: engine, tokenizer, names, metrics and lifecycle."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, config: ServerConfig) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.config = config
+        self.names = [name for name in (config.served_model_name, engine.info.model) if name]
+        self.metrics = Metrics(engine, self.names[0])
+        self.lifecycle = Lifecycle(engine, config)
+        self.started = int(time.time())
+        self.fingerprint = f"cabochon-{VERSION}-{engine.info.dtype}"
+
+    def check_model(self, name: str | None) -> str:
+        """The name to echo. Raises ApiError (404) if it is not served here."""
+        if name is not None and name not in self.names:
+            raise ApiError(
+                f"model must be one of {', '.join(self.names)}: see /v1/models",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return name or self.names[0]
+
+    async def chat(self, body: ChatRequest, request_id: str) -> Job:
+        """A job for POST /v1/chat/completions."""
+        model = self.check_model(body.model)
+        prompt = await self.prompts.of_messages(body.messages)
+        return self._job(
+            "chat", body, [prompt], body.max_completion_tokens or body.max_tokens, model, request_id
+        )
+
+    async def completion(self, body: CompletionRequest, request_id: str) -> Job:
+        """A job for POST /v1/completions."""
+        model = self.check_model(body.model)
+        prompts = [
+            prompt if isinstance(prompt, list) else await self.prompts.encode(prompt)
+            for prompt in _as_batch(body.prompt)
+        ]
+        return self._job("completion", body, prompts, body.max_tokens, model, request_id)
+
+    async def respond(self, job: Job, receive: Receive) -> JsonResponse | EventStream:
+        """Run a job. Errors before the first token are raised, so that they get a status of their own."""
+        deltas = self._run(job)
+        if not job.is_stream:
+            async with aclosing(deltas):
+                return JsonResponse(await or_disconnect(receive, _collect(job, deltas)))
+        first = await or_disconnect(receive, anext(deltas))
+        return EventStream(_events(job, first, deltas))
+
+    async def _run(self, job: Job) -> AsyncGenerator[Delta, None]:
+        self.lifecycle.admit(len(job.choices))
+        with self.lifecycle:
+            async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    def _job(
+        self,
+        kind: Literal["chat", "completion"],
+        body: GenerationRequest,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        model: str,
+        request_id: str,
+    ) -> Job:
+        if len(prompts) * body.n > MAX_CHOICES:
+            raise ApiError(
+                f"prompts · n must be at most {MAX_CHOICES}, got {len(prompts)} · {body.n}: send several bodies",
+                param="n",
+            )
+        seed = secrets.randbelow(MAX_SEED - MAX_CHOICES) if body.seed is None else body.seed
+        now, name = time.monotonic(), uuid4().hex
+        choices = []
+        for index in range(len(prompts) * body.n):
+            prompt, draw = divmod(index, body.n)
+            request = GenerateRequest(
+                request_id=f"{name}-{index}",
+                prompt_ids=prompts[prompt],
+                params=_sampling_params(body, max_tokens, seed + draw),
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                arrival_s=now,
+            )
+            info = self.engine.info
+            check_request(request, max_model_len=info.max_model_len, vocab_size=info.vocab_size)
+            choices.append(Choice(index, request, self._detokenizer(body)))
+        options = body.stream_options
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        return Job(
+            choices=choices,
+            echo=[self._echo(body, choice) for choice in choices],
+            frame=Format(
+                kind, f"{prefix}-{body.request_id or request_id}", model, int(time.time()), self.fingerprint
+            ),
+            usage=Usage(sum(map(len, prompts))),
+            prompts_of=[index // body.n for index in range(len(choices))],
+            is_stream=body.stream,
+            include_usage=options is not None and options.include_usage,
+            continuous_usage=options is not None and options.continuous_usage_stats,
+        )
+
+    def _detokenizer(self, body: GenerationRequest) -> Detokenizer:
+        return Detokenizer(
+            self.prompts.token_bytes,
+            stop=body.stop_strings,
+            skip_special_tokens=body.skip_special_tokens,
+            include_stop=body.include_stop_str_in_output,
+        )
+
+    def _echo(self, body: GenerationRequest, choice: Choice) -> str:
+        if not isinstance(body, CompletionRequest) or not body.echo:
+            return ""
+        detokenizer = Detokenizer(self.prompts.token_bytes, skip_special_tokens=body.skip_special_tokens)
+        return detokenizer.feed(choice.request.prompt_ids) + detokenizer.flush()
+
+
+def _as_batch(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+
+def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int) -> SamplingParams:
+    try:
+        bias = {int(token_id): value for token_id, value in body.logit_bias.items()}
+    except ValueError:
+        raise ApiError("logit_bias must have token ids as keys: correct it", param="logit_bias") from None
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        seed=seed,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=bias,
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def _count(job: Job, delta: Delta, cached: dict[int, int]) -> None:
+    """Usage after a delta. The first choice of each prompt tells what came from the cache."""
+    job.usage.completion_tokens += delta.num_tokens
+    cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
+    job.usage.cached_tokens = sum(cached.values())
+
+
+async def _collect(job: Job, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
+    texts = list(job.echo)
+    reasons: list[str | None] = [None] * len(texts)
+    cached: dict[int, int] = {}
+    async for delta in deltas:
+        texts[delta.index] += delta.text
+        reasons[delta.index] = delta.finish_reason
+        _count(job, delta, cached)
+    return job.frame.whole(texts, reasons, job.usage)
+
+
+async def _events(job: Job, first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
+    cached: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def render(delta: Delta) -> bytes | None:
+        _count(job, delta, cached)
+        is_first = delta.index not in seen
+        if not (delta.text or delta.finish_reason or is_first):
+            return None  # held back: the start of a stop string, or half a character
+        seen.add(delta.index)
+        if is_first:
+            delta.text = job.echo[delta.index] + delta.text
+        usage: dict[str, Any] = {}
+        if job.continuous_usage:
+            usage = {"usage": job.usage.as_json()}
+        elif job.include_usage:
+            usage = {"usage": None}
+        return event(job.frame.chunk(delta, is_first=is_first, usage=usage))
+
+    async with aclosing(deltas):
+        try:
+            if chunk := render(first):
+                yield chunk
+            async for delta in deltas:
+                if chunk := render(delta):
+                    yield chunk
+            if job.include_usage:
+                yield event(job.frame.last(job.usage))
+        except Exception as error:  # the status is sent: the error can only be an event
+            yield event(as_api_error(error).body())
+            return
+        yield DONE

@@ -1,0 +1,90 @@
+"""Answers that notice when nobody listens any more: server-sent events, and waiting with an eye on the client."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cabochon.server.errors import ApiError
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+encode_json = msgspec.json.Encoder().encode
+
+
+def event(content: object) -> bytes:
+    """One whole event in compact JSON."""
+    return b"data: " + encode_json(content) + b"\n\n"
+
+
+class JsonResponse(Response):
+    """Compact JSON, as endpoint pickers parse it."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode_json(content)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError (413) as soon as it is too long, whatever Content-Length says."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise ApiError(
+                f"the body must have at most {max_bytes} bytes: send less, or raise max_body_bytes",
+                status=413,
+                code="body_too_large",
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def or_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """Await `work`; cancel it and raise ClientDisconnect if the client goes away first. The body must be read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come; closes their source when the client goes away."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+        self.background = None
+        self.status_code = 200
+        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await or_disconnect(receive, self._send_all(send))
+        except (ClientDisconnect, OSError):
+            pass  # the source is closed below, which aborts its requests
+        finally:
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for part in self._events:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
