@@ -11,7 +11,8 @@ def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: i
         raise BadPrompt("a prompt must have at least one token, got none: send text or token ids", "prompt")
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise BadPrompt(
-            f"token ids must be in [0, {vocab_size}), the prompt has {min(ids)}..{max(ids)}: use this model's tokenizer",
+            f"token ids must be in [0, {vocab_size}), the prompt has {min(ids)}..{max(ids)}:"
+            " use this model's tokenizer",
             "prompt",
         )
     room = max_model_len - len(ids)
@@ -19,8 +20,9 @@ def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: i
     if room < max(wanted, 1):
         output = "at least 1" if params.max_tokens is None else str(params.max_tokens)
         raise PromptTooLong(
-            f"This model's maximum context length is {max_model_len} tokens. The prompt has {len(ids)} tokens and"
-            f" {output} of output {'are' if wanted > 1 else 'is'} wanted: shorten the prompt or lower max_tokens",
+            f"This model's maximum context length is {max_model_len} tokens. The prompt has {len(ids)} tokens"
+            f" and {output} of output {'are' if wanted > 1 else 'is'} wanted: shorten the prompt or lower"
+            " max_tokens",
             "prompt" if room < 1 else "max_tokens",
         )
     for name, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
@@ -32,7 +34,8 @@ def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: i
             )
     if params.min_tokens > wanted:
         raise BadSampling(
-            f"min_tokens must be at most the {wanted} tokens of output that fit, got {params.min_tokens}: lower it",
+            f"min_tokens must be at most the {wanted} tokens of output that fit, got {params.min_tokens}:"
+            " lower it",
             "min_tokens",
         )
     return wanted

@@ -1,6 +1,7 @@
 """What a step tells the attention of every layer: the `torch` backend, for any device.
 
-`triton` and `flash_attn` will stand beside it behind the same two calls: prepare once a step, attend once a layer.
+`triton` and `flash_attn` will stand beside it behind the same two calls: prepare once a step, attend once a
+layer.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cabochon.kernels.paged_attention import KEY_TILE, Section, paged_attention,
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """positions: [T] int64. slots: per group [T] int64, where K and V go (page · P + offset). sections: per group."""
+    """positions: [T] int64. slots: per group [T] int64, where K and V go (page · P + offset)."""
 
     positions: Tensor
     slots: list[Tensor]
@@ -27,7 +28,7 @@ class AttentionInputs:
 
 
 class TorchAttention:
-    """Writes the step's K and V into pages, then attends through them: one path for chunks, hits and decodes."""
+    """Writes the step's K and V into pages, then attends through them: chunks, hits and decodes alike."""
 
     def __init__(self, model: ModelConfig, pages: KVPages) -> None:
         self._model = model
@@ -62,7 +63,10 @@ class TorchAttention:
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-        """q: [T', Hq, D], k, v: [T', Hkv, D], T' ≥ T: rows past T are padding and get zeros. Returns [T', Hq, D]."""
+        """q: [T', Hq, D]. k, v: [T', Hkv, D]. T' ≥ T: rows past T are padding and get zeros.
+
+        Returns [T', Hq, D].
+        """
         group, k_pages, v_pages = self._pages.of_layer(layer)
         slots = inputs.slots[group]
         k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k[: len(slots)])

@@ -1,7 +1,7 @@
 """The engine in a child process, as the server sees it: requests in, one message per step back.
 
-All methods belong to one asyncio event loop. Never imports torch. A dead, hung or stopped engine ends every open
-request with EngineDead; nothing is restarted here, because weights and cache are gone with the process.
+All methods belong to one asyncio event loop. Never imports torch. A dead, hung or stopped engine ends every
+open request with EngineDead; nothing is restarted here: weights and cache are gone with the process.
 """
 
 import asyncio

@@ -1,9 +1,13 @@
-"""The whole engine: schedule, run, update. In-process for offline use, in a child process under the server."""
+"""The whole engine: schedule, run, update. In-process offline, in a child process under the server."""
 
 import dataclasses
 import time
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from cabochon.engine.errors import ComputeError
+from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import Runner
@@ -13,10 +17,11 @@ RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
 
 
 class EngineCore:
-    """Requests in with `add`, tokens out of `step`. Single-threaded; between steps everything is consistent."""
+    """Requests in with `add`, tokens out of `step`. Single-threaded; consistent between steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, rows: Rows) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, rows: Rows, cache: KVCache) -> None:
         self.scheduler = scheduler
+        self._cache = cache
         self._runner = runner
         self._rows = rows
         self._steps = 0
@@ -55,6 +60,16 @@ class EngineCore:
         self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
         return self._give_up(outputs, failed)
 
+    def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
+        assert not self.has_work, "the rows are in use"
+        row = self._rows.take(list(token_ids), len(token_ids))
+        assert self._cache.extend(row, len(token_ids)), "an idle engine holds one sequence"
+        logits = self._runner.last_logits(row, self._rows)
+        self._cache.free(row)
+        self._rows.give_back(row)
+        return logits
+
     def stats(self) -> EngineStats:
         """Gauges and counters after the last step."""
         return dataclasses.replace(
@@ -74,7 +89,7 @@ class EngineCore:
             Refusal(
                 request_id=request_id,
                 error=ComputeError.__name__,
-                message="logits must be finite, the model gave NaN: check the checkpoint with `cabochon verify`",
+                message="logits must be finite, the model gave NaN: check it with `cabochon verify`",
             )
             for request_id in failed
         ]

@@ -1,8 +1,9 @@
-"""Text from tokens as they come: never half a character, never taken back, and stop strings found across tokens.
+"""Text from tokens as they come: never half a character, never taken back, stop strings found across tokens.
 
-Works on the bytes of tokens (a piece, or one byte of a byte-fallback token) with an incremental UTF-8 decoder, so a
-token costs the same wherever it stands. Bytes that are no UTF-8 become U+FFFD one by one, where `tokenizers` would
-replace valid neighbours too. Text that may be the start of a stop string waits for the next token.
+Works on the bytes of tokens (a piece, or one byte of a byte-fallback token) with an incremental UTF-8
+decoder, so a token costs the same wherever it stands. Bytes that are no UTF-8 become U+FFFD one by one, where
+`tokenizers` would replace valid neighbours too. Text that may be the start of a stop string waits for the
+next token.
 """
 
 import codecs
@@ -21,14 +22,15 @@ GEMMA_DECODER = ["Replace", "ByteFallback", "Fuse"]
 
 
 class TokenBytes:
-    """What each token of a Gemma tokenizer stands for. Raises UnsupportedModel for another kind of tokenizer."""
+    """What each token of a Gemma tokenizer stands for. Raises UnsupportedModel for another kind."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
         kinds = [part["type"] for part in decoder.get("decoders", [])]
         if kinds != GEMMA_DECODER:
             raise UnsupportedModel(
-                f"tokenizer.json must have Gemma's decoder {GEMMA_DECODER}, this one has {kinds}: use the model's own"
+                f"tokenizer.json must have Gemma's decoder {GEMMA_DECODER}, this one has {kinds}:"
+                " use the model's own"
             )
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -53,12 +55,15 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
+        """min_tokens: no stop string is looked for in the text of that many tokens, nor across its end."""
         self._token_bytes = token_bytes
         self._hidden = token_bytes.special_ids if skip_special_tokens else frozenset()
         self._stop = tuple(text for text in stop if text)
         self._hold = max((len(text) for text in self._stop), default=1) - 1
-        self._include_stop = include_stop
+        self.includes_stop = include_stop
+        self._unchecked = min_tokens  # tokens still to come whose text may hold a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # decoded, but a stop string may start in it
         self.stop_string: str | None = None  # the one that was found
@@ -69,8 +74,9 @@ class Detokenizer:
         for token_id in token_ids:
             if self.stop_string is not None:
                 break
-            if token_id not in self._hidden:
-                text += self._release(self._decoder.decode(self._token_bytes.of(token_id)))
+            piece = b"" if token_id in self._hidden else self._token_bytes.of(token_id)
+            text += self._release(self._decoder.decode(piece))
+            self._unchecked -= 1
         return text
 
     def flush(self) -> str:
@@ -83,13 +89,13 @@ class Detokenizer:
         return text
 
     def _release(self, text: str) -> str:
-        if not self._stop:
+        if not self._stop or self._unchecked > 0:
             return text
         self._held += text
         hits = [(at, -len(stop), stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if hits:
             at, _, self.stop_string = min(hits)
-            return self._held[: at + len(self.stop_string) if self._include_stop else at]
+            return self._held[: at + len(self.stop_string) if self.includes_stop else at]
         keep = self._possible_start()
         end = len(self._held) - keep
         released, self._held = self._held[:end], self._held[end:]

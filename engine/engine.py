@@ -1,9 +1,9 @@
 """The engine as the server sees it. Two implementations: EngineClient (a child process) and FakeEngine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
-from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput
+from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput, StepOutput
 
 
 class Engine(ABC):
@@ -27,7 +27,7 @@ class Engine(ABC):
 
     @abstractmethod
     def publish(self, request_id: str) -> None:
-        """Let other requests share the pages of a private request. Unknown ids are ignored: it may have ended."""
+        """Let other requests share the pages of a private one. Unknown ids are ignored: it may have ended."""
 
     @abstractmethod
     def abort(self, request_id: str) -> None:
@@ -36,6 +36,10 @@ class Engine(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """The last snapshot; never waits."""
+
+    @abstractmethod
+    def on_step(self, listener: Callable[[StepOutput], None]) -> None:
+        """Call `listener` with every step's message (for metrics)."""
 
     @abstractmethod
     def dead_reason(self) -> str | None:

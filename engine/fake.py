@@ -1,6 +1,6 @@
 """An engine without a model: output token i is prompt_ids[i % len(prompt_ids)]. For tests of the server.
 
-It paces its tokens, breaks and refuses on demand, and otherwise keeps the contract of engine.py to the letter.
+It paces its tokens, breaks and refuses on demand, and otherwise keeps the contract of engine.py.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class FakeFaults:
 
     delay_s: float = 0.0  # before each step
     tokens_per_step: int = 1  # of each request
+    cached_tokens: int = 0  # what every output says of its prompt
     dies_after_tokens: int | None = None  # the engine dies when it has made that many
     refuses: EngineError | None = None  # every request ends with it
     fails_after_tokens: dict[int, EngineError] = field(default_factory=dict)  # by tokens of one request
@@ -124,8 +125,9 @@ class FakeEngine(Engine):
         except GeneratorExit:
             self.abort(request.request_id)
             raise
-        finally:
+        except Exception:
             self.open.pop(request.request_id, None)
+            raise
 
     def _check(self, request: GenerateRequest) -> int:
         if self._dead_reason is not None:
@@ -154,7 +156,9 @@ class FakeEngine(Engine):
     def _tokens(self, request: GenerateRequest, made: int, max_tokens: int) -> RequestOutput:
         params, prompt = request.params, request.prompt_ids
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._info.eos_token_ids)}
-        output = RequestOutput(request_id=request.request_id, token_ids=[])
+        output = RequestOutput(
+            request_id=request.request_id, token_ids=[], cached_tokens=self.faults.cached_tokens
+        )
         for index in range(made, min(made + self.faults.tokens_per_step, max_tokens)):
             token_id = prompt[index % len(prompt)]
             output.token_ids.append(token_id)

@@ -1,8 +1,8 @@
 """Which pages hold which tokens of which request: page tables per layer group, prefix hits, window freeing.
 
-A prefix hit of n pages needs all n in every global group, and in a sliding group those that hold the last W − 1
-tokens before the boundary. Pages that have left a window go back to the pool and stay findable until reused.
-Knows nothing of tensors or of which request goes first.
+A prefix hit of n pages needs all n in every global group, and in a sliding group those that hold the last
+W − 1 tokens before the boundary. Pages that have left a window go back to the pool and stay findable until
+reused. Knows nothing of tensors or of which request goes first.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,10 @@ class KVCache:
             (window, [group for group, other in enumerate(windows) if other == window])
             for window in sorted({window for window in windows if window is not None})
         ]
-        # A row holds pages [first, end) of its tables: those before have left the window or were never attached
+        # A row holds pages [first, end) of its tables; those before left the window or were never attached
         self._first_page = np.zeros((len(self._sliding), rows.max_seqs), np.int32)
         self._end_page = np.zeros(rows.max_seqs, np.int32)
+        self._attached = np.zeros(rows.max_seqs, np.int32)  # pages before it came from the prefix cache
 
     def page_names(self, request: Request, num_pages: int) -> list[bytes]:
         """Chain hashes of the request's first num_pages full pages; shorter if its known tokens are."""
@@ -60,14 +61,8 @@ class KVCache:
         for group in self._globals:
             missing = (i for i in range(hit) if self.pool.lookup(group, names[i]) is None)
             hit = next(missing, hit)
-        is_settled = False
-        while hit and not is_settled:  # every missing page of a window's tail moves the boundary down to it
-            is_settled = True
-            for window, groups in self._sliding:
-                for page_idx in range(hit - 1, hit - self._tail_pages(window, hit) - 1, -1):
-                    if any(self.pool.lookup(group, names[page_idx]) is None for group in groups):
-                        hit, is_settled = page_idx, False
-                        break
+        while hit and (missing_idx := self._missing_from_tails(names, hit)) is not None:
+            hit = missing_idx  # no boundary between it and here can do without it
         return hit
 
     def admission_cost(self, request: Request, hit_pages: int, chunk_tokens: int) -> int:
@@ -76,21 +71,21 @@ class KVCache:
         num_new = -(-self._num_known(request) // self.page_tokens) - hit_pages
         cost = num_new * len(self._globals)
         for window, groups in self._sliding:
-            tail = self._tail_pages(window, hit_pages)
-            cost += len(groups) * min(num_new, self._max_pages(window, chunk_tokens) - tail)
-        for group, window in enumerate(self._windows):
-            for name in names[hit_pages - self._tail_pages(window, hit_pages) :]:
+            cost += len(groups) * min(num_new, self._max_pages(window, chunk_tokens))
+        for group, any_window in enumerate(self._windows):
+            for name in names[hit_pages - self._tail_pages(any_window, hit_pages) :]:
                 cost += self.pool.references(self._page(group, name)) == 0
         return cost
 
     def pages_to_come(self, row: int, chunk_tokens: int) -> int:
         """Free pages that a running prefill will still take for its known tokens."""
-        end = int(self._end_page[row])
+        end, attached = int(self._end_page[row]), int(self._attached[row])
         num_new = -(-int(self._rows.num_tokens[row]) // self.page_tokens) - end
         total = num_new * len(self._globals)
         for idx, (window, groups) in enumerate(self._sliding):
-            held = end - int(self._first_page[idx, row])
-            total += len(groups) * min(num_new, max(0, self._max_pages(window, chunk_tokens) - held))
+            # What it holds comes back as the window moves, but for attached pages: others may hold them too
+            own = end - max(attached, int(self._first_page[idx, row]))
+            total += len(groups) * min(num_new, max(0, self._max_pages(window, chunk_tokens) - own))
         return total
 
     def attach(self, request: Request, row: int, hit_pages: int) -> None:
@@ -104,12 +99,12 @@ class KVCache:
             self._tables[group, row, first:hit_pages] = pages
         for idx, (window, _) in enumerate(self._sliding):
             self._first_page[idx, row] = hit_pages - self._tail_pages(window, hit_pages)
-        self._end_page[row] = hit_pages
+        self._end_page[row] = self._attached[row] = hit_pages
         self._rows.num_computed[row] = hit_pages * self.page_tokens
         request.num_registered = hit_pages
 
     def extend(self, row: int, num_new: int) -> bool:
-        """Pages for the next num_new tokens in every group; False, and nothing taken, if the pool has too few."""
+        """Pages for the next num_new tokens in every group; nothing taken and False if there are too few."""
         start = int(self._end_page[row])
         end = -(-(int(self._rows.num_computed[row]) + num_new) // self.page_tokens)
         if end <= start:
@@ -118,7 +113,7 @@ class KVCache:
         if shape[0] * shape[1] > self.pool.num_free:
             return False
         pages = [self.pool.allocate() for _ in range(shape[0] * shape[1])]
-        self._tables[:, row, start:end] = np.reshape(pages, shape).T
+        self._tables[:, row, start:end] = np.array(pages, np.int32).reshape(shape).T
         self._end_page[row] = end
         return True
 
@@ -147,14 +142,14 @@ class KVCache:
         end = int(self._end_page[row])
         self._release(self._tables[:, row, :end].T[::-1])
         self._tables[:, row, :end] = NULL_PAGE
-        self._first_page[:, row] = self._end_page[row] = 0
+        self._first_page[:, row] = self._end_page[row] = self._attached[row] = 0
 
     def needs_commit(self, before: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.bool_]:
         """For values of num_computed before and after a step: is there anything to name or to give back?"""
         P = self.page_tokens
-        changed = before // P != after // P
+        changed: NDArray[np.bool_] = before // P != after // P
         for window, _ in self._sliding:
-            changed |= (before - window + 1) // P != (after - window + 1) // P
+            changed |= (after >= window) & ((before - window + 1) // P != (after - window + 1) // P)
         return changed
 
     def check(self, running: dict[int, Request]) -> None:
@@ -196,8 +191,17 @@ class KVCache:
         """How many of the pages before a boundary the query behind it sees."""
         return hit_pages if window is None else min(hit_pages, -(-(window - 1) // self.page_tokens))
 
+    def _missing_from_tails(self, names: list[bytes], hit_pages: int) -> int | None:
+        """A page that a window at the boundary still sees, and that its group lacks."""
+        for window, groups in self._sliding:
+            first = hit_pages - self._tail_pages(window, hit_pages)
+            for page_idx in range(hit_pages - 1, first - 1, -1):
+                if any(self.pool.lookup(group, names[page_idx]) is None for group in groups):
+                    return page_idx
+        return None
+
     def _max_pages(self, window: int, chunk_tokens: int) -> int:
-        """What a sequence holds of a sliding group: the window before a chunk, the chunk, one for misalignment."""
+        """What a sequence holds of a sliding group: the window, a chunk behind it, one for misalignment."""
         return -(-(window - 1 + chunk_tokens) // self.page_tokens) + 1
 
     def _page(self, group: int, name: bytes) -> int:
@@ -206,8 +210,8 @@ class KVCache:
         return page
 
     def _register(self, request: Request, row: int, num_pages: int) -> None:
-        start, names = request.num_registered, self.page_names(request, num_pages)
-        if start < len(names):
+        start = request.num_registered
+        if start < num_pages and (names := self.page_names(request, num_pages)):
             pages = self._tables[:, row, start : len(names)].T.tolist()  # [num_pages, num_groups]
             for name, of_groups in zip(names[start:], pages, strict=True):
                 for group, page in enumerate(of_groups):

@@ -12,7 +12,7 @@ from cabochon.engine.models.config import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """windows: [num_groups], None for global groups. place: [L], (group, index in the group) of each layer."""
+    """windows: [num_groups], None for global ones. place: [L], (group, index in the group) of each layer."""
 
     windows: tuple[int | None, ...]
     place: tuple[tuple[int, int], ...]

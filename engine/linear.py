@@ -18,7 +18,7 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes
         self._is_packed = weight.device.type == "cpu" and torch._C._has_mkldnn
-        # Private operators, but those that torch's own inductor emits for frozen CPU weights: pinned by torch's range.
+        # Private operators, those that inductor emits for frozen CPU weights: torch's range pins them.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue every prompt (text, or token ids). One SamplingParams for all or one each; default greedy.
 
-        Raises RequestError if a prompt or its parameters are refused: then nothing is generated. ComputeError if
-        the model gives NaN.
+        Raises RequestError if a prompt or its parameters are refused: then nothing is generated. ComputeError
+        if the model gives NaN.
         """
         each = self._params(params, len(prompts))
         open_ones: dict[str, tuple[Completion, Detokenizer]] = {}

@@ -1,4 +1,4 @@
-"""From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the page pool."""
+"""From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the pool."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ GIB = 2**30
 def load_engine(
     config: EngineConfig, model_dir: Path, on_progress: Progress | None = None
 ) -> tuple[EngineCore, EngineInfo]:
-    """Load the checkpoint in `model_dir`. Raises ModelError or ConfigError before anything large is allocated."""
+    """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded."""
     started_s = time.monotonic()
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     model_config = load_model_config(model_dir)
@@ -66,7 +66,8 @@ def load_engine(
         load_s=time.monotonic() - started_s,
     )
     logger.info(
-        "engine ready architecture=%s dtype=%s threads=%d pages=%d page_tokens=%d kv_bytes=%d weight_bytes=%d",
+        "engine ready architecture=%s dtype=%s threads=%d pages=%d page_tokens=%d kv_bytes=%d"
+        " weight_bytes=%d",
         info.architecture, info.dtype, torch.get_num_threads(), num_pages, config.page_tokens, info.kv_bytes,
         info.weight_bytes,
     )  # fmt: skip
@@ -85,8 +86,8 @@ def _settle_max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLa
     wanted = config.max_model_len or model.max_model_len
     if wanted > model.max_model_len:
         raise ConfigError(
-            f"max_model_len must be at most {model.max_model_len}, the context this checkpoint was trained for,"
-            f" got {wanted}: lower it"
+            f"max_model_len must be at most {model.max_model_len}, the context this checkpoint was trained"
+            f" for, got {wanted}: lower it"
         )
     low, high = 0, wanted  # the longest sequence that fits, by bisection: pages grow with the length
     while low < high:
@@ -95,8 +96,8 @@ def _settle_max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLa
         low, high = (middle, high) if fits else (low, middle - 1)
     if low < 2 or (config.max_model_len is not None and low < wanted):
         raise ConfigError(
-            f"kv_cache_gib must hold one sequence of max_model_len tokens; {config.kv_cache_gib:g} GiB hold {low} of"
-            f" {wanted}: raise kv_cache_gib or lower max_model_len"
+            f"kv_cache_gib must hold one sequence of max_model_len tokens; {config.kv_cache_gib:g} GiB hold"
+            f" {low} of {wanted}: raise kv_cache_gib or lower max_model_len"
         )
     return low
 
@@ -140,4 +141,4 @@ def _build_core(
         vocab_size=model.config.vocab_size,
     )
     sampler = Sampler(model.config.vocab_size, model.config.final_softcap)
-    return EngineCore(scheduler, Runner(model, pages, sampler), rows)
+    return EngineCore(scheduler, Runner(model, pages, sampler), rows, cache)

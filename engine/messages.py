@@ -26,7 +26,7 @@ class GenerateRequest:
     arrival_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: made for every token, and frozen ones take 1.0 µs, not 0.4
 class RequestOutput:
     """New tokens of one request. The last one has a finish_reason; its token_ids may be empty.
 
@@ -106,16 +106,22 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
+    """Start a request."""
+
     request: GenerateRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
+    """End a request."""
+
     request_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publish:
+    """Let others share the pages of a private request."""
+
     request_id: str
 
 
@@ -132,6 +138,8 @@ class Loading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
+    """The model is loaded."""
+
     info: EngineInfo
 
 

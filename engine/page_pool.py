@@ -1,8 +1,8 @@
 """Who owns a page: reference counts, an LRU list of free pages, and what content the free ones still hold.
 
-A page is used (referenced), cached (free, but its content has a name and may be shared again) or free. Arrays and
-an intrusive doubly linked list, no objects per page: removal from the middle is O(1) (as vLLM's block_pool.py).
-Knows nothing of tensors, sequences or windows.
+A page is used (referenced), cached (free, but its content has a name and may be shared again) or free. Arrays
+and an intrusive doubly linked list, no objects per page: removal from the middle is O(1) (vLLM's
+v1/core/block_pool.py). Knows nothing of tensors, sequences or windows.
 """
 
 NIL = 0  # page 0 is the null page, never in the list: it serves as the list's sentinel
@@ -16,8 +16,8 @@ class PagePool:
         self.num_cached = 0
         self.num_free = num_pages  # cached ones included: they can be had at once
         self._references = [0] * (num_pages + 1)
-        self._next = [*range(1, num_pages + 1), NIL]  # a ring through the sentinel
-        self._previous = [num_pages, *range(num_pages)]
+        self._next: list[int] = [*range(1, num_pages + 1), NIL]  # a ring through the sentinel
+        self._previous: list[int] = [num_pages, *range(num_pages)]
         self._name: list[tuple[int, bytes] | None] = [None] * (num_pages + 1)
         self._page_of: dict[tuple[int, bytes], int] = {}
 
@@ -34,7 +34,7 @@ class PagePool:
         return self._name[page] is not None
 
     def allocate(self) -> int:
-        """The least recently used free page, its old content forgotten. Must not be called when num_free is 0."""
+        """The least recently used free page, its old content forgotten. There must be one."""
         assert self.num_free, "no free page"
         page = self._next[NIL]
         self._unlink(page)

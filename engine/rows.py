@@ -1,7 +1,7 @@
 """State of the running requests: one row each, as arrays, from admission to finish or preemption.
 
-A batch is an index vector into the rows, so nothing is ever condensed or moved. The scheduler writes, the runner
-reads. Knows nothing of pages' contents nor of devices.
+A batch is an index vector into the rows, so nothing is ever condensed or moved. The scheduler writes, the
+runner reads. Knows nothing of pages' contents nor of devices.
 """
 
 import numpy as np

@@ -15,6 +15,7 @@ from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampler import Sampled, Sampler
+from cabochon.kernels.definitions import softcap_
 
 LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 
@@ -50,6 +51,16 @@ class Runner:
         hidden = self._model.hidden(torch.from_numpy(padded), inputs, self._attention)  # [T', E]
         last = (np.cumsum(plan.lens) - 1)[plan.samples]
         return hidden.index_select(0, torch.from_numpy(last))
+
+    @torch.inference_mode()
+    def last_logits(self, row: int, rows: Rows) -> Tensor:
+        """[V] fp32, softcapped: all known tokens of one row in a single chunk."""
+        length = rows.num_tokens[row : row + 1]
+        one = np.array([row], np.int32)
+        plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
+        logits = self.logits(self.sampling_hidden(plan, rows))[0].float()
+        cap = self._model.config.final_softcap
+        return logits if cap is None else softcap_(logits, cap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, E]. Returns [R, V], not softcapped."""

@@ -1,7 +1,7 @@
 """The next token of each row, from its logits, its parameters and its own tokens alone: no other row enters.
 
-Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p and min-p, noise, argmax. Greedy rows
-without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
+Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p and min-p, noise, argmax.
+Greedy rows without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ExactLogits = Callable[[Tensor, Tensor], Tensor]  # rows [C], token ids [C] -> f
 
 
 class Sampled(NamedTuple):
-    """token_ids: [R] int32; meaningless where is_finite ([R] bool) is False: the logits held NaN."""
+    """token_ids: [R] int32, in the vocabulary; meaningless where is_finite ([R] bool) is False."""
 
     token_ids: NDArray[np.int32]
     is_finite: NDArray[np.bool_]
@@ -59,13 +59,16 @@ class Sampler:
     def sample(
         self, logits: Tensor, row_ids: NDArray[np.int32], rows: Rows, exact: ExactLogits | None = None
     ) -> Sampled:
-        """logits: [R, V] not softcapped, of rows row_ids [R]. `exact` settles ties that a rounded dtype made."""
+        """logits: [R, V] not softcapped, of distinct rows row_ids [R]; those in fp32 are overwritten.
+
+        `exact` settles ties that a rounded dtype made.
+        """
         highest, token_ids = logits.max(-1)  # NaN wins, so it shows
         plain = [self._is_plain(int(row), rows) for row in row_ids]
         if exact is not None and any(plain):
             self._settle_ties(logits, highest, token_ids, exact)
         chosen = token_ids.numpy().astype(np.int32)
-        is_finite = ~highest.isnan().numpy()
+        is_finite = highest.isfinite().numpy()
         for index, row in enumerate(row_ids.tolist()):
             if not plain[index] and is_finite[index]:
                 chosen[index] = self._choose(logits[index].float(), row, rows)
@@ -85,7 +88,7 @@ class Sampler:
         if not len(ids):
             return
         values = exact(row_of, ids)
-        for row in row_of.unique().tolist():
+        for row in np.unique(row_of.numpy()).tolist():
             mine = row_of == row
             token_ids[row] = ids[mine][values[mine].argmax()]
 
@@ -117,7 +120,7 @@ def _penalize(logits: Tensor, row: int, rows: Rows, params: SamplingParams) -> N
     output_ids, counts = np.unique(known[rows.num_prompt[row] :], return_counts=True)
     penalize_(
         logits,
-        torch.from_numpy(np.unique(known).astype(np.int64)),
+        torch.from_numpy(known.astype(np.int64)),
         torch.from_numpy(output_ids.astype(np.int64)),
         torch.from_numpy(counts),
         repetition=params.repetition_penalty,

@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen. Knows ranges, not vocabularies: those are checked by the engine."""
+"""How the tokens of one request are chosen. Knows ranges, not vocabularies: the engine checks those."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ MAX_SEED = 2**63 - 1
 class SamplingParams:
     """Parameters of one request, validated. Raises BadSampling (with `param`) on a value out of range.
 
-    Order of application: final softcap, bias and penalties, temperature, top-k, top-p and min-p, Gumbel noise.
+    In this order: final softcap, bias and penalties, temperature, top-k, top-p and min-p, Gumbel noise.
     """
 
     max_tokens: int | None = None  # output tokens at most; None: as many as the context holds
@@ -49,9 +49,11 @@ class SamplingParams:
         _check(_in(self.min_p, 0, 1), "min_p", "in [0, 1]", self.min_p)
         _check(0 <= self.seed <= MAX_SEED, "seed", "in [0, 2^63)", self.seed)
         _check(
-            _in(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0, "repetition_penalty", "in (0, 100]",
+            _in(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "in (0, 100]",
             self.repetition_penalty,
-        )  # fmt: skip
+        )
         _check(_in(self.presence_penalty, -2, 2), "presence_penalty", "in [-2, 2]", self.presence_penalty)
         _check(_in(self.frequency_penalty, -2, 2), "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
         _check(
@@ -63,13 +65,15 @@ class SamplingParams:
         for bias in self.logit_bias.values():
             _check(_in(bias, -100, 100), "logit_bias", "made of values in [-100, 100]", bias)
         _check(
-            len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"of at most {MAX_STOP_TOKENS} ids",
+            len(self.stop_token_ids) <= MAX_STOP_TOKENS,
+            "stop_token_ids",
+            f"of at most {MAX_STOP_TOKENS} ids",
             len(self.stop_token_ids),
-        )  # fmt: skip
+        )
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5  # 0, or so small that logits / temperature could leave fp32
 
     @property
     def has_penalties(self) -> bool:

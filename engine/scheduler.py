@@ -1,16 +1,17 @@
 """Chooses what each step computes, under one token budget.
 
-A request has `num_computed` chasing `num_tokens`; prefill, its chunks, prefix hits and decode are the same thing
-with other distances. Running decodes come first. Of the rest, within a priority, half goes to requests in order
-of arrival, so that the oldest always advances, and half to the shortest remaining first, so that a short prompt
-never waits behind a long one. When pages run out the worst-ranked running request is preempted: it is computed
-again later, mostly from its own cached pages. Knows nothing of tensors.
+A request has `num_computed` chasing `num_tokens`: prefill, its chunks, prefix hits and decode differ only in
+the distance. Running decodes come first. Of the rest, within a priority, half goes to requests in order of
+arrival, so that the oldest always advances, and half to the shortest remaining first, so that a short prompt
+never waits behind a long one. When pages run out the worst-ranked running request is preempted: it is
+computed again later, mostly from its own cached pages. Knows nothing of tensors.
 """
 
 import time
 from bisect import insort
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterable
+from heapq import merge
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
 from cabochon.engine.plan import Plan
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
+from cabochon.engine.waiting import WaitingQueue
 
 MAX_CHUNK_TOKENS = (
     2048  # a sliding group holds window + chunk: longer chunks would undo what the window saves
@@ -46,15 +48,19 @@ class Scheduler:
         self._rows = rows
         self._cache = cache
         self._step_tokens = step_tokens
+        self._max_chunk = min(step_tokens, MAX_CHUNK_TOKENS)
         self._eos = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._requests: dict[str, Request] = {}
-        self._waiting: list[Request] = []  # by rank
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []  # by rank
         self._by_row: dict[int, Request] = {}
         self._admitted: list[Request] = []
         self._work: dict[int, int] = {}  # row -> tokens of the step being planned
+        self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
+        self._computing: dict[bytes, Request] = {}  # name of a page -> the request that is about to fill it
+        self._aborted_rows: set[int] = set()  # aborted since schedule(): their results are dropped
         self._num_arrivals = 0
         self._can_admit = True  # until the step finds that somebody waits for pages
         self._min_chunk = MIN_CHUNK_TOKENS
@@ -84,7 +90,7 @@ class Scheduler:
         )
         self._num_arrivals += 1
         self._requests[message.request_id] = request
-        insort(self._waiting, request, key=_rank)
+        self._waiting.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages. Unknown ids are ignored: it may have ended."""
@@ -94,6 +100,7 @@ class Scheduler:
         if request.row is None:
             self._waiting.remove(request)
         else:
+            self._aborted_rows.add(request.row)
             self._leave(request)
 
     def publish(self, request_id: str) -> None:
@@ -106,6 +113,7 @@ class Scheduler:
         """The next step, its pages taken; None if there is nothing to do."""
         self._work.clear()
         self._admitted.clear()
+        self._aborted_rows.clear()
         self._can_admit = True
         if not self._requests:
             return None
@@ -125,31 +133,51 @@ class Scheduler:
         return self._by_row[row].request_id
 
     def update(self, plan: Plan, token_ids: NDArray[np.int32]) -> list[RequestOutput]:
-        """Enter the results of a plan. token_ids: [number of True in plan.samples], in order."""
+        """Enter the results of the last plan. token_ids: [number of True in plan.samples], in order.
+
+        Requests that were aborted since schedule() get nothing.
+        """
+        if self._aborted_rows:
+            plan, token_ids = _without(self._aborted_rows, plan, token_ids)
         rows, now = self._rows, time.monotonic()
         after = plan.starts + plan.lens
         rows.num_computed[plan.rows] = after
         self._commit(plan, after)
-        prompt_tokens = np.minimum(after, rows.num_prompt[plan.rows]) - plan.starts
-        self._counts["prompt_tokens"] += int(prompt_tokens.clip(min=0).sum())
         self._counts["generation_tokens"] += len(token_ids)
         sampled = plan.rows[plan.samples]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
-        return [
-            self._append(self._by_row[row], token_id, now)
-            for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True)
-        ]
+        by_row = self._by_row
+        outputs = []
+        for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
+            request = by_row[row]
+            request.num_output += 1
+            if request.num_output == 1:
+                request.first_token_s = now
+                self._counts["prompt_tokens"] += len(request.message.prompt_ids)
+            if token_id in request.stop_ids or request.num_output >= request.max_tokens:
+                outputs.append(self._last_output(request, token_id))
+            else:  # without a call: this is most of a step's overhead
+                outputs.append(
+                    RequestOutput(
+                        request_id=request.message.request_id,
+                        token_ids=[token_id],
+                        cached_tokens=request.cached_tokens or 0,
+                        scheduled_s=request.scheduled_s,
+                        first_token_s=request.first_token_s,
+                    )
+                )
+        return outputs
 
     def stats(self) -> EngineStats:
         """Gauges and counters; the core adds its own."""
         pool = self._cache.pool
-        rows = [request.row for request in self._running]
+        rows = list(self._by_row)
         left = self._rows.num_prompt[rows] - self._rows.num_computed[rows] if rows else np.zeros(1, np.int32)
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            queued_tokens=int(left.clip(min=0).sum()) + sum(len(r.token_ids) for r in self._waiting),
+            queued_tokens=int(left.clip(min=0).sum()) + self._waiting.num_tokens,
             pages_total=pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
@@ -163,7 +191,9 @@ class Scheduler:
         assert all(r.row is None for r in self._waiting)
         assert {r.row: r for r in self._running} == self._by_row
         assert sorted(self._running, key=_rank) == self._running
-        assert sorted(self._waiting, key=_rank) == self._waiting
+        assert sorted(self._waiting, key=_rank) == list(self._waiting)
+        assert all(r.row is not None for r in self._computing.values()), "pages are awaited from nobody"
+        self._waiting.check()
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
         self._cache.check(self._by_row)
 
@@ -182,23 +212,29 @@ class Scheduler:
 
     def _plan_prefills(self) -> None:
         left = self._step_tokens - len(self._work)
-        prefills = [r for r in self._running if r.row not in self._work]
-        computing = set(self._names_to_come(prefills)) if self._waiting else set()
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, left // 2))
-        candidates = sorted([*prefills, *self._waiting], key=_rank)
-        for _, members in groupby(candidates, key=lambda request: request.message.priority):
-            by_arrival = list(members)
-            half = left // 2
-            left -= half - self._share(by_arrival, half, computing)
-            by_length = sorted(by_arrival, key=lambda r: (self._remaining(r), r.arrival_idx))
-            left = self._share(by_length, left, computing)
+        prefills = [r for r in self._running if r.row not in self._work]
+        self._promised = {r.row: self._pages_to_come(r.row) for r in prefills if r.row is not None}
+        may_enter = self._waiting.priorities if self._may_admit() else []
+        for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
+            running = [r for r in prefills if r.message.priority == priority]
+            waiting = takewhile(self._may_admit, self._waiting.by_arrival(priority))
+            half = (left + 1) // 2  # rounded up: a single token is the oldest request's
+            left -= half - self._share(merge(running, waiting, key=_rank), half)
+            running += [r for r in self._admitted if r.message.priority == priority]
+            by_length = sorted((r for r in running if r.row is not None), key=self._length)
+            waiting = takewhile(self._may_admit, self._waiting.by_length(priority))
+            left = self._share(merge(by_length, waiting, key=self._length), left)
 
-    def _share(self, requests: list[Request], budget: int, computing: set[bytes]) -> int:
+    def _may_admit(self, _: Request | None = None) -> bool:
+        return self._can_admit and self._rows.num_free > 0
+
+    def _share(self, requests: Iterable[Request], budget: int) -> int:
         """Give chunks to requests in order. Returns what is left of the budget."""
         for request in requests:
             if budget <= 0:
                 break
-            if request.row is None and not self._admit(request, computing):
+            if request.row is None and not self._admit(request):
                 continue
             row = request.row
             assert row is not None
@@ -208,32 +244,39 @@ class Scheduler:
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
+                self._promised[row] = self._pages_to_come(row)
                 self._work[row] = planned + chunk
                 budget -= chunk
         return budget
 
-    def _admit(self, request: Request, computing: set[bytes]) -> bool:
+    def _admit(self, request: Request) -> bool:
         """Give a waiting request a row and its prefix hit, if its known tokens will find pages."""
-        if not self._can_admit or not self._rows.num_free:
+        if not self._may_admit():
             return False
         hit = self._cache.lookup(request)
         names = self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
-        if hit < len(names) and names[hit] in computing:
-            return False  # somebody better ranked computes its next page right now: share it next step
-        chunk = min(self._step_tokens, MAX_CHUNK_TOKENS)
-        cost = self._cache.admission_cost(request, hit, chunk)
-        promised = sum(self._cache.pages_to_come(r, chunk) for r in self._running if self._remaining(r) > 1)
+        if hit < len(names) and self._is_computed_now(names[hit], hit, request):
+            return False  # share it when it is there
+        cost = self._cache.admission_cost(request, hit, self._max_chunk) + sum(self._promised.values())
         pool = self._cache.pool
-        if self._running and cost + promised + int(WATERMARK * pool.num_pages) > pool.num_free:
+        if self._running and cost + int(WATERMARK * pool.num_pages) > pool.num_free:
             self._can_admit = False  # nobody overtakes it, or many small ones could keep it out for ever
             return False
         self._enter(request, hit)
         if request.is_published:
-            computing.update(names[hit:])
+            self._computing.update(dict.fromkeys(names[hit:], request))
         return True
+
+    def _is_computed_now(self, name: bytes, page_idx: int, request: Request) -> bool:
+        """Whether a better-ranked request is about to fill that page. Worse-ranked ones may have to wait."""
+        other = self._computing.get(name)
+        if other is None or other.row is None or other.rank > request.rank:
+            return False
+        return int(self._rows.num_computed[other.row]) // self._cache.page_tokens <= page_idx
 
     def _enter(self, request: Request, hit_pages: int) -> None:
         num_prompt = len(request.message.prompt_ids)
+        self._waiting.remove(request)
         row = self._rows.take(request.token_ids, num_prompt)
         self._cache.attach(request, row, hit_pages)
         request.row = row
@@ -242,7 +285,7 @@ class Scheduler:
             request.scheduled_s = time.monotonic()
             self._counts["prefix_queries"] += num_prompt
             self._counts["prefix_hits"] += request.cached_tokens
-        self._waiting.remove(request)
+        self._promised[row] = self._pages_to_come(row)
         insort(self._running, request, key=_rank)
         self._by_row[row] = request
         self._admitted.append(request)
@@ -263,7 +306,7 @@ class Scheduler:
         request.token_ids = self._rows.token_ids[row, : self._rows.num_tokens[row]].tolist()
         self._work.pop(row, None)
         self._leave(request)
-        insort(self._waiting, request, key=_rank)
+        self._waiting.add(request)
         self._counts["preemptions"] += 1
         self._can_admit = False
 
@@ -273,23 +316,23 @@ class Scheduler:
         self._cache.free(request.row)
         self._rows.give_back(request.row)
         del self._by_row[request.row]
+        self._promised.pop(request.row, None)
+        for name in request.page_hashes[1:]:  # the first is the root
+            if self._computing.get(name) is request:
+                del self._computing[name]
         self._running.remove(request)
         request.row = None
 
-    def _names_to_come(self, prefills: Iterable[Request]) -> Iterator[bytes]:
-        """Names of the pages that running prefills will fill: waiting requests need not compute them too."""
-        P = self._cache.page_tokens
-        for request in prefills:
-            if request.is_published:
-                done = int(self._rows.num_computed[request.row]) // P
-                yield from self._cache.page_names(request, int(self._rows.num_tokens[request.row]) // P)[
-                    done:
-                ]
+    def _pages_to_come(self, row: int) -> int:
+        return self._cache.pages_to_come(row, self._max_chunk)
 
     def _remaining(self, request: Request) -> int:
         if request.row is None:
             return len(request.token_ids)
         return int(self._rows.num_tokens[request.row] - self._rows.num_computed[request.row])
+
+    def _length(self, request: Request) -> tuple[int, int]:
+        return (self._remaining(request), request.arrival_idx)
 
     def _plan(self) -> Plan:
         rows = np.fromiter(self._work.keys(), np.int32, len(self._work))
@@ -307,13 +350,10 @@ class Scheduler:
         for row in plan.rows[changed].tolist():
             self._cache.commit(self._by_row[row], row)
 
-    def _append(self, request: Request, token_id: int, now: float) -> RequestOutput:
-        request.num_output += 1
-        if request.num_output == 1:
-            request.first_token_s = now
+    def _last_output(self, request: Request, token_id: int) -> RequestOutput:
+        """What a stop token or the end of its tokens gives; before min_tokens a stop token is a token."""
         is_stop = token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
-        is_last = is_stop or request.num_output >= request.max_tokens
-        if is_last:
+        if is_last := is_stop or request.num_output >= request.max_tokens:
             del self._requests[request.request_id]
             self._leave(request)
         return RequestOutput(
@@ -325,6 +365,13 @@ class Scheduler:
             scheduled_s=request.scheduled_s,
             first_token_s=request.first_token_s,
         )
+
+
+def _without(gone: set[int], plan: Plan, token_ids: NDArray[np.int32]) -> tuple[Plan, NDArray[np.int32]]:
+    keep = ~np.isin(plan.rows, list(gone))
+    num_decodes = int(keep[: plan.num_decodes].sum())
+    kept = Plan(plan.rows[keep], plan.starts[keep], plan.lens[keep], plan.samples[keep], num_decodes)
+    return kept, token_ids[keep[plan.samples]]
 
 
 def _rank(request: Request) -> tuple[int, int]:

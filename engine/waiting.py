@@ -1,7 +1,7 @@
 """The requests that have no row, in the two orders in which they are served: by arrival and by length.
 
-A request does not change while it waits, so both orders are kept instead of sorted anew each step: a queue of a
-thousand costs a step nothing. Knows nothing of rows or pages.
+A request does not change while it waits, so both orders are kept instead of sorted anew each step: a queue of
+a thousand costs a step nothing. Knows nothing of rows or pages.
 """
 
 from bisect import bisect_left, insort

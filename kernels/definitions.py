@@ -1,9 +1,9 @@
-"""The small operators of a Gemma layer, as torch defines them: the CPU path, and the oracle of the GPU kernels.
+"""The small operators of a Gemma layer, as torch defines them: the CPU path, and the GPU kernels' oracle.
 
-Each computes in fp32 (or fp64 when given it) and rounds once at the end. Every row's result is bitwise the same in
-any batch: only operators whose result for an element does not depend on its place in the tensor are used. On x86
-torch's rsqrt, sigmoid and gelu are not among them (their vector loops and scalar tails differ in the last bit);
-sqrt, division, exp and tanh are (tests/kernels/test_definitions.py shows both).
+Each computes in fp32 (or fp64 when given it) and rounds once at the end. Every row's result is bitwise the
+same in any batch: only operators whose result for an element does not depend on its place in the tensor are
+used. On x86 torch's rsqrt, sigmoid and gelu are not among them (their vector loops and scalar tails differ in
+the last bit); sqrt, division, exp and tanh are (tests/kernels/test_definitions.py shows both).
 """
 
 import math
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, unit_offset_weight: Tensor, eps: float) -> Tensor:
 
 
 def rope_table(max_len: int, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of all positions: two [max_len, D / 2] fp32 tensors. `factor` divides positions (linear scaling)."""
+    """cos and sin: two [max_len, D / 2] fp32 tables. `factor` divides positions (linear scaling)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * (1.0 / (theta**exponent) / factor)
     return angle.cos(), angle.sin()
@@ -35,7 +35,8 @@ def rope_table(max_len: int, head_dim: int, theta: float, factor: float = 1.0) -
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head (NeoX layout) by the angle of its position.
 
-    x: [T, H, D]. cos, sin: [T, D / 2] fp32, rows of `rope_table` at the tokens' positions. Returns [T, H, D] in x's dtype.
+    x: [T, H, D]. cos, sin: [T, D / 2] fp32, rows of `rope_table` at the tokens' positions.
+    Returns [T, H, D] in x's dtype.
     """
     low, high = x.to(cos.dtype).chunk(2, dim=-1)  # each [T, H, D / 2]
     cos, sin = cos[:, None], sin[:, None]

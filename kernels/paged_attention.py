@@ -1,9 +1,10 @@
 """Attention over paged K and V: the torch definition, any device.
 
 Math     out = softmax(mask(cap(scale · q Kᵀ))) V; key k is visible to query q iff q − W < k <= q
-Tiles    keys come in tiles of `key_tile` at absolute positions; a row's sums are one partial per tile, added in the
-         order of the tiles. Tiles that a row does not see add an exact zero, so its result does not depend on how the
-         prompt was cut, on its neighbours, nor on whether it is computed as a decode or as part of a prefill.
+Tiles    keys come in tiles of `key_tile` at absolute positions; a row's sums are one partial per tile, added
+         in the order of the tiles. Tiles that a row does not see add an exact zero, so its result does not
+         depend on how the prompt was cut, on its neighbours, nor on whether it is computed as a decode or as
+         part of a prefill.
 Max      with a cap the scores are bounded and need no maximum; without one the maximum is exact in any order
 Invisible keys are read from slot 0, which belongs to the null page and is zero: recycled pages may hold NaN.
 Never copied per query head, never a mask over the batch. Knows nothing of requests.
@@ -62,8 +63,9 @@ def plan_sections(
 ) -> list[Section]:
     """Lay out one step for one layer group: all index work, done once for its layers.
 
-    starts, lens: [S], positions starts[i] .. starts[i] + lens[i] are computed; the first num_decodes have lens 1.
-    page_table: [S, M] int32, holding the pages of positions below starts + lens. window: W, or None for all keys.
+    starts, lens: [S], positions starts[i] .. starts[i] + lens[i] are computed; the first num_decodes have
+    lens 1. page_table: [S, M] int32, holding the pages of positions below starts + lens. window: W, or None
+    for all keys.
     """
     layout = _Layout(page_table, page_tokens, num_kv_heads, window, max(KEY_TILE, page_tokens))
     sections = list(_decode_sections(layout, starts[:num_decodes]))
@@ -101,7 +103,7 @@ class _Layout:
 
 
 def _decode_sections(layout: _Layout, positions: NDArray[np.int32]) -> Iterator[Section]:
-    """Runs of neighbouring decodes with the same number of tiles, so that no context is padded to another's."""
+    """Runs of neighbouring decodes with the same number of tiles: no context is padded to another's."""
     pos = positions.astype(np.int64)
     first = layout.first_tile(pos)
     num_tiles = pos // layout.key_tile + 1 - first
@@ -171,8 +173,9 @@ def paged_attention(
 ) -> Tensor:
     """Attend every packed token to its visible keys.
 
-    q: [T, Hq, D]. k_pages, v_pages: [N, P, Hkv, D]; page 0 must be zero. sections: from `plan_sections`, made with
-    a page size ≤ key_tile or equal to it. Returns [T, Hq, D] in q's dtype; tokens outside every section are zero.
+    q: [T, Hq, D]. k_pages, v_pages: [N, P, Hkv, D]; page 0 must be zero. sections: from `plan_sections`, made
+    with a page size ≤ key_tile or equal to it. Returns [T, Hq, D] in q's dtype; tokens outside every section
+    are zero.
     """
     num_kv_heads, head_dim = k_pages.shape[2:]
     k_rows, v_rows = k_pages.view(-1, head_dim), v_pages.view(-1, head_dim)

@@ -1,9 +1,9 @@
 """Choosing tokens: counter-based Gumbel noise and truncation thresholds, as torch defines them.
 
-Noise    g(seed, position, token) = −log(−log1p(−v)), v = (h + ½) / 2³², h the 32-bit hash below. Large g comes from
-         small v, where fp32 has resolution; g is below GUMBEL_MAX. A token of no other request enters.
-Hash     key = mix64(seed + mix64(position)); h = mix32(mix32(token · 0x9E3779B1 + key_low) ^ key_high), mod 2³².
-         mix32 is murmur3's finalizer, mix64 splitmix64's. Integer only: a GPU kernel can be bit-equal.
+Noise    g(seed, position, token) = −log(−log1p(−v)), v = (h + ½) / 2³², h the 32-bit hash below. Large g
+         comes from small v, where fp32 has resolution; g is below GUMBEL_MAX. No other request enters.
+Hash     key = mix64(seed + mix64(position)); h = mix32(mix32(token · 0x9E3779B1 + key_low) ^ key_high),
+         mod 2³² (wrapping int32 here). mix32 is murmur3's finalizer, mix64 splitmix64's: kernels can match.
 Argmax   of l / T + g is a draw from softmax(l / T): arXiv:1411.0030.
 Nothing sorts the vocabulary. Truncations are value thresholds: ties at a threshold all survive.
 """
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 GUMBEL_MAX = 23.0  # −log(−log1p(−2⁻³³)) = 22.874, and room for rounding
-NUCLEUS_START = 64  # candidates of a first look at the nucleus; grows eightfold
+NUCLEUS_START = 256  # tokens of a first look at the nucleus, which on real text is mostly enough
+NUCLEUS_SORT = 4096  # sorting that many takes less than another halving pass
+WEIGHTLESS = 104.0  # exp(−104) is 0 in fp32: tokens that far below the maximum have no mass
+LARGEST = 1e30  # a penalized logit stays inside ±this, and inside fp32 when a temperature of 1e-5 divides it
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -29,20 +32,32 @@ def mix64(x: int) -> int:
 
 def hash32(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """token_ids: [...] int64. Returns [...] int64 in [0, 2³²)."""
+    return _signed_hash(seed, position, token_ids).long() & _MASK32
+
+
+def _signed_hash(seed: int, position: int, token_ids: Tensor) -> Tensor:
+    """The hash's 32 bits as int32, which multiplies modulo 2³² at half the width of int64."""
     key = mix64((seed + mix64(position)) & _MASK64)
-    x = (token_ids * 0x9E3779B1 + (key & _MASK32)) & _MASK32
-    return _mix32(_mix32(x) ^ (key >> 32))
+    x = token_ids.to(torch.int32).mul_(_signed(0x9E3779B1)).add_(_signed(key & _MASK32))
+    return _mix32_(_mix32_(x).bitwise_xor_(_signed(key >> 32)))
 
 
-def _mix32(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-    return x ^ (x >> 16)
+def _mix32_(x: Tensor) -> Tensor:
+    """In place. x: [...] int32; >> copies the sign, which the masks take away."""
+    x.bitwise_xor_((x >> 16) & 0xFFFF).mul_(_signed(0x85EBCA6B))
+    x.bitwise_xor_((x >> 13) & 0x7FFFF).mul_(_signed(0xC2B2AE35))
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+
+
+def _signed(bits: int) -> int:
+    """The int32 of the same 32 bits."""
+    return bits - (1 << 32) if bits >> 31 else bits
 
 
 def gumbel(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise for (seed, position, token). token_ids: [...] int64. Returns [...] fp32."""
-    v = (hash32(seed, position, token_ids).double() + 0.5).mul_(2.0**-32).float()
+    shifted = _signed_hash(seed, position, token_ids).bitwise_xor_(-(1 << 31))  # h − 2³¹, without int64
+    v = shifted.double().add_(2.0**31 + 0.5).mul_(2.0**-32).float()
     v.clamp_(max=1 - 2.0**-24)  # the largest fp32 below 1: v = 1 would give −inf
     return v.neg_().log1p_().neg_().log_().neg_()
 
@@ -50,21 +65,22 @@ def gumbel(seed: int, position: int, token_ids: Tensor) -> Tensor:
 def gumbel_argmax(scaled: Tensor, seed: int, position: int) -> int:
     """A draw from softmax(scaled): argmax of scaled + noise, ties to the lowest id. scaled: [V] fp32.
 
-    Only tokens within GUMBEL_MAX of a lower bound on the winner get noise: the others cannot win.
+    Only tokens that could reach a lower bound on the winner get noise. Rounding is monotone, so
+    fl(s + g) ≤ fl(s + GUMBEL_MAX) < bound proves at any magnitude that the others lose.
     """
     best = scaled.argmax(keepdim=True)
     bound = scaled[best] + gumbel(seed, position, best)
-    candidates = (scaled >= bound - GUMBEL_MAX).nonzero().view(-1)  # ascending ids
+    candidates = (scaled + GUMBEL_MAX >= bound).nonzero().view(-1)  # ascending ids
     perturbed = scaled[candidates] + gumbel(seed, position, candidates)
     return int(candidates[perturbed.argmax()])
 
 
 def truncation_threshold(scaled: Tensor, *, top_k: int, top_p: float, min_p: float) -> float:
-    """The smallest value of `scaled` that survives top-k, then top-p of what is left, and min-p. scaled: [V] fp32."""
+    """The smallest value that survives top-k, then top-p of what is left, and min-p. scaled: [V] fp32."""
     highest = float(scaled.max())
     threshold = -math.inf
     if 0 < top_k < len(scaled):
-        threshold = float(scaled.topk(top_k).values[-1])
+        threshold = float(scaled.topk(top_k, sorted=False).values.min())
     if top_p < 1:
         threshold = max(threshold, _nucleus_threshold(scaled, highest, threshold, top_p))
     if min_p > 0:
@@ -73,20 +89,37 @@ def truncation_threshold(scaled: Tensor, *, top_k: int, top_p: float, min_p: flo
 
 
 def _nucleus_threshold(scaled: Tensor, highest: float, floor: float, top_p: float) -> float:
-    """Value of the last token of the smallest set of values ≥ floor that holds a share top_p of their mass."""
+    """Last value of the smallest set of values ≥ floor that holds a share top_p of their mass."""
     weights = (scaled - highest).exp_()
     if floor > -math.inf:
         weights.masked_fill_(scaled < floor, 0)
     wanted = top_p * float(weights.sum(dtype=torch.float64))
-    num = NUCLEUS_START
-    while True:
-        num = min(num, len(scaled))
-        values = scaled.topk(num).values
-        mass = (values - highest).exp_().cumsum(0, dtype=torch.float64)
-        inside = int(torch.searchsorted(mass, wanted))  # first index with mass ≥ wanted
-        if inside < num or num == len(scaled):
-            return float(values[min(inside, num - 1)])
-        num *= 8
+    first = scaled.topk(min(NUCLEUS_START, len(scaled))).values
+    mass = (first - highest).exp_().cumsum(0, dtype=torch.float64)
+    inside = int(torch.searchsorted(mass, wanted))  # first index with mass ≥ wanted
+    if inside < len(first):
+        return float(first[inside])
+    return _value_at_mass(scaled[scaled >= max(floor, highest - WEIGHTLESS)], highest, wanted)
+
+
+def _value_at_mass(values: Tensor, highest: float, wanted: float) -> float:
+    """The largest value such that it and all above weigh `wanted`. Halves the range of values, not a sort."""
+    weights = (values - highest).exp_()
+    above = 0.0  # mass of what lies above `values`
+    while len(values) > NUCLEUS_SORT:
+        low, high = values.aminmax()
+        if low == high:
+            return float(low)
+        middle = (low + high) / 2
+        is_upper = values >= (middle if middle > low else high)  # a true part of them, so this ends
+        upper_mass = float(weights[is_upper].sum(dtype=torch.float64))
+        if above + upper_mass < wanted:
+            above += upper_mass
+            is_upper.logical_not_()
+        values, weights = values[is_upper], weights[is_upper]
+    values, order = values.sort(descending=True)
+    mass = weights[order].cumsum(0, dtype=torch.float64).add_(above)
+    return float(values[min(int(torch.searchsorted(mass, wanted)), len(values) - 1)])
 
 
 def penalize_(
@@ -99,11 +132,14 @@ def penalize_(
     presence: float,
     frequency: float,
 ) -> None:
-    """In place, on capped logits [V] fp32. seen: [A] ids in prompt or output; output_ids, counts: [B] of the output.
+    """In place, on capped logits [V] fp32. seen: [A] ids in prompt or output, repeated or not.
 
-    repetition: l / r for positive l, else l · r (arXiv:1909.05858); presence and frequency as OpenAI documents.
+    output_ids, counts: [B], the distinct ids of the output and how often each is there.
+
+    repetition: l / r for positive l, else l · r (arXiv:1909.05858); the others as OpenAI documents.
     """
     if repetition != 1:
         old = logits[seen]
-        logits[seen] = torch.where(old > 0, old / repetition, old * repetition)
+        new = torch.where(old > 0, old / repetition, old * repetition)
+        logits[seen] = new.clamp_(-LARGEST, LARGEST)
     logits[output_ids] -= presence + frequency * counts

@@ -1,11 +1,13 @@
 """The FastAPI application over any Engine: OpenAI's endpoints, probes, metrics."""
 
+import asyncio
 import html
-import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -14,8 +16,9 @@ from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import EngineError
 from cabochon.server.auth import ApiKeys
 from cabochon.server.errors import ApiError, as_api_error
-from cabochon.server.middleware import Border
+from cabochon.server.middleware import CLIENT_GONE, Border
 from cabochon.server.protocol import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -23,23 +26,24 @@ from cabochon.server.protocol import (
     parse,
 )
 from cabochon.server.service import VERSION, Service
-from cabochon.server.streaming import JsonResponse, read_body
-
-logger = logging.getLogger(__name__)
+from cabochon.server.streaming import JSON_TYPE, JsonResponse, read_body
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+INLINE_BYTES = 64 * 2**10  # parsed within 2 ms; a larger body is parsed aside, so that streams go on
+BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def build_app(service: Service) -> FastAPI:
     """All routes. The caller starts and stops the engine, and drains through service.lifecycle."""
     app = FastAPI(title="Cabochon", version=VERSION, docs_url=None, redoc_url=None)
+    app.openapi = _with_bodies(app.openapi)  # type: ignore[method-assign]  # the documented way to extend it
     app.state.service = service
     app.add_middleware(Border, keys=ApiKeys(service.config.api_key_file))
     _add_generation(app, service)
     _add_tokenizer(app, service)
     _add_models(app, service)
     _add_operations(app, service)
-    for kind in (ApiError, EngineError, HTTPException, Exception):
+    for kind in (ApiError, EngineError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app
@@ -49,35 +53,42 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        body = parse(ChatRequest, await _read(request, service))
-        return await service.respond(await service.chat(body, _id(request)), request.receive)
+        body = await _read(ChatRequest, request, service)
+        return await service.respond(await service.chat(body, _id(request)), request)
 
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue one prompt or several, text or token ids."""
-        body = parse(CompletionRequest, await _read(request, service))
-        return await service.respond(await service.completion(body, _id(request)), request.receive)
+        body = await _read(CompletionRequest, request, service)
+        return await service.respond(await service.completion(body, _id(request)), request)
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of messages through the chat template."""
-        body = parse(TokenizeRequest, await _read(request, service))
+        body = await _read(TokenizeRequest, request, service)
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError("exactly one of prompt and messages must be given: send one", param="prompt")
+        limit, prompts = service.engine.info.max_model_len, service.prompts
         if body.messages is not None:
-            ids = await service.prompts.of_messages(body.messages)
+            ids = await prompts.of_messages(
+                body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt
+            )
         else:
-            ids = await service.prompts.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        limit = service.engine.info.max_model_len
-        return JsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
+            ids = await prompts.encode(
+                body.prompt or "", limit=limit, add_special_tokens=body.add_special_tokens
+            )
+        answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [prompts.tokenizer.id_to_token(token_id) for token_id in ids]
+        return JsonResponse(answer)
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        body = parse(DetokenizeRequest, await _read(request, service))
+        body = await _read(DetokenizeRequest, request, service)
         service.check_model(body.model)
         size = service.engine.info.vocab_size
         if any(not 0 <= token_id < size for token_id in body.tokens):
@@ -110,6 +121,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
+    @app.head("/-/healthz", include_in_schema=False)
     @app.get("/health")
     @app.get("/-/healthz")
     async def health() -> Response:
@@ -132,7 +145,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def docs() -> Response:
         """A list of the routes that loads nothing from anywhere; /openapi.json has every field."""
         rows = [
-            f"<tr><td>{method.upper()}</td><td>{html.escape(path)}</td><td>{html.escape(str(route['description']))}</td>"
+            f"<tr><td>{method.upper()}<td>{html.escape(path)}<td>{html.escape(route['description'])}"
             for path, routes in app.openapi()["paths"].items()
             for method, route in routes.items()
         ]
@@ -143,8 +156,11 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         )
 
 
-async def _read(request: Request, service: Service) -> bytes:
-    return await read_body(request, service.config.max_body_bytes)
+async def _read(kind: type[Body], request: Request, service: Service) -> Body:
+    raw = await read_body(request, service.config.max_body_bytes)
+    if len(raw) <= INLINE_BYTES:
+        return parse(kind, raw)
+    return await asyncio.to_thread(parse, kind, raw)
 
 
 def _id(request: Request) -> str:
@@ -152,24 +168,36 @@ def _id(request: Request) -> str:
 
 
 def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
-    """Bodies are parsed by protocol.parse, which reports errors in OpenAI's shape: tell OpenAPI what they hold."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    """Bodies are parsed by protocol.parse, with errors in OpenAI's shape: tell OpenAPI what they hold."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}}}
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
+def _with_bodies(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Add the schemas that _body_of refers to."""
+
+    def extended() -> dict[str, Any]:
+        schema = openapi()
+        models: list[Any] = [(kind, "validation") for kind in BODIES]
+        _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        return schema
+
+    return extended
+
+
+async def _answer_error(_request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         what = {404: "path", 405: "method"}.get(error.status_code, "request")
         error = ApiError(
             f"the {what} must be one of this server's: see /docs",
             status=error.status_code,
             code=f"unknown_{what}",
+            headers=dict(error.headers or {}),
         )
     answer = as_api_error(error)
-    if answer.code == "internal_error":
-        logger.error("request failed id=%s", _id(request), exc_info=error)
     return JsonResponse(answer.body(), answer.status, answer.headers)
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nginx's code for a client that went away; nobody reads it
+    return Response(status_code=CLIENT_GONE)  # nobody reads it

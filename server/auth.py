@@ -1,10 +1,14 @@
 """API keys: a file with one per line, read again when it changes."""
 
 import hmac
+import logging
 import os
 from pathlib import Path
 
+from cabochon.engine.errors import ConfigError
 from cabochon.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 GUARDED = ("/v1/", "/tokenize", "/detokenize")  # probes, /metrics, /version and static pages are open
 
@@ -13,23 +17,38 @@ class ApiKeys:
     """No file: everybody may."""
 
     def __init__(self, path: str | None) -> None:
+        """Raises ConfigError if the file cannot be read or has no key."""
         self._path = Path(path) if path else None
         self._seen: tuple[int, int] | None = None
         self._keys: list[bytes] = []
+        if self._path is not None:
+            try:
+                keys = self._read()
+            except OSError as error:
+                raise ConfigError(f"api_key_file must be a file with keys: {error}: write it") from None
+            if not keys:
+                raise ConfigError(f"api_key_file must have a key per line, {path} has none: add one")
 
     def check(self, path: str, authorization: str | None) -> None:
         """Raises ApiError (401) if `path` is guarded and the header has no known key."""
         if self._path is None or not path.startswith(GUARDED):
             return
-        given = (authorization or "").removeprefix("Bearer ").encode()
+        given = (authorization or "").removeprefix("Bearer ").strip().encode()
         # Every key is compared, and in constant time: how long it takes tells nothing.
-        if not sum(hmac.compare_digest(given, key) for key in self._read()):
+        if not sum([hmac.compare_digest(given, key) for key in self._current()]):
             raise ApiError(
                 "the Authorization header must be `Bearer KEY` with a key of this server: ask its operator",
                 status=401,
                 type="authentication_error",
                 code="invalid_api_key",
             )
+
+    def _current(self) -> list[bytes]:
+        try:
+            return self._read()
+        except OSError as error:  # gone for a moment while it is replaced: the keys known so far hold
+            logger.warning("api key file cannot be read, keys=%d hold error=%s", len(self._keys), error)
+            return self._keys
 
     def _read(self) -> list[bytes]:
         assert self._path is not None

@@ -1,97 +1,171 @@
-"""Messages to prompt text: the checkpoint's chat template in jinja2's sandbox, or Gemma's own turn format."""
+"""Messages to prompt text: the checkpoint's chat template in jinja2's sandbox, or Gemma's own turn format.
+
+What a user writes stays text: a control token spelled out in a message ("<end_of_turn>") is cut in two, so
+that it is encoded as the characters it is made of. Nobody ends a turn, or speaks as the model, by typing.
+(transformers and vLLM read it as the control token; who wants that sends a whole prompt to /v1/completions.)
+"""
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cabochon.engine.errors import BadCheckpoint, ConfigError
+from cabochon.server.control_strings import ControlStrings
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import Message
 
 # Gemma's turns, for base models whose files carry no template (google/gemma_pytorch documents them).
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('messages must alternate user, assistant, user, ...: start with user') }}{% endif %}"
+    "{{ raise_exception('roles must alternate user, assistant, user, ...: merge neighbours') }}"
+    "{% endif %}"
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
     "{{ message['content'] | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+CUT = "\ue0c5"  # private use: marks where a spelled-out control token is cut; the prompt has none
+
+Turn = dict[str, str]
 
 
 class ChatTemplate:
     """Renders messages; special tokens stand in the text, so it is encoded without adding any."""
 
     def __init__(
-        self, source: str, special: dict[str, str], *, system_role: Literal["error", "prepend"]
+        self,
+        source: str,
+        special: dict[str, str],
+        *,
+        system_role: Literal["error", "prepend"] = "error",
+        control_strings: Sequence[str] = (),
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
-        self._template = environment.from_string(source)
-        self._special = special
-        self._has_system = "system" in source and "System role not supported" not in source
-        self._system_role = system_role
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt up to where the model answers. Raises ApiError if the template refuses the messages."""
-        turns = [{"role": message.role, "content": message.text} for message in messages]
-        if not self._has_system:
-            turns = self._without_system(turns)
+        """control_strings: what special tokens look like. Raises ConfigError if the source is no template."""
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+            self._template = _environment().from_string(source)
         except TemplateError as error:
-            raise ApiError(
-                f"messages do not fit the model's chat template: {error}", param="messages"
-            ) from None
+            raise ConfigError(f"a chat template must be valid Jinja: {error}: correct it") from None
+        self._special = special
+        self._prepends = system_role == "prepend"
+        self._control = ControlStrings(control_strings)
 
-    def _without_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        system = [turn["content"] for turn in turns if turn["role"] in ("system", "developer")]
-        if not system:
-            return turns
-        if self._system_role == "error":
-            raise ApiError(
-                "messages must have no system or developer role, this model knows none: put the instructions into"
-                " the first user message, or start the server with --system-role prepend",
-                param="messages",
-                code="unsupported_role",
-            )
-        turns = [turn for turn in turns if turn["role"] not in ("system", "developer")]
-        if not turns:
-            raise ApiError("messages must have a user message: add one", param="messages")
-        first = {**turns[0], "content": "\n\n".join([*system, turns[0]["content"]])}
-        return [first, *turns[1:]]
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+        """The prompt up to where the model answers, in pieces to be encoded one by one.
+
+        Raises ApiError if the template refuses the messages.
+        """
+        turns = [
+            {"role": _role(message), "content": self._control.cut(message.text, CUT)} for message in messages
+        ]
+        if self._prepends:
+            turns = _prepended(turns)
+        try:
+            text = self._render(turns, add_generation_prompt)
+        except (TemplateError, TypeError) as error:  # TypeError: the template adds or joins what it may not
+            self._refuse(turns, error)
+        return [piece for piece in text.split(CUT) if piece]
+
+    def _render(self, turns: list[Turn], add_generation_prompt: bool) -> str:
+        return self._template.render(
+            messages=turns, add_generation_prompt=add_generation_prompt, tools=None, **self._special
+        )
+
+    def _refuse(self, turns: list[Turn], error: Exception) -> NoReturn:
+        """Say what is wrong, and what to do where the system role is at fault: it would work without."""
+        if any(turn["role"] == "system" for turn in turns):
+            try:
+                self._render(_prepended(turns), True)
+            except (TemplateError, TypeError):
+                pass
+            else:
+                raise ApiError(
+                    "messages must have no system or developer role, this model knows none: put the text"
+                    " into the first user message, or start the server with --system-role prepend",
+                    param="messages",
+                    code="unsupported_role",
+                ) from None
+        raise ApiError(f"messages must fit the model's chat template: {error}", param="messages") from None
 
 
 def load_chat_template(
-    directory: Path, override: str | None, system_role: Literal["error", "prepend"]
+    directory: Path,
+    override: str | None = None,
+    system_role: Literal["error", "prepend"] = "error",
+    control_strings: Sequence[str] = (),
 ) -> ChatTemplate:
-    """From --chat-template, chat_template.jinja, tokenizer_config.json, or Gemma's own, in this order."""
+    """From --chat-template, chat_template.jinja, tokenizer_config.json, or Gemma's own, in this order.
+
+    Raises ConfigError or BadCheckpoint.
+    """
     config = _read_json(directory / "tokenizer_config.json")
     special = {
         name: _token(config.get(name), default)
         for name, default in (("bos_token", "<bos>"), ("eos_token", "<eos>"))
     }
-    file = Path(override) if override else directory / "chat_template.jinja"
-    source = file.read_text() if override or file.is_file() else config.get("chat_template")
+    file = directory / "chat_template.jinja"
+    source: Any = config.get("chat_template")
+    if override:
+        source = _read_override(override)
+    elif file.is_file():
+        source = file.read_text(encoding="utf-8")
     if isinstance(source, list):  # several named templates
         source = next((one["template"] for one in source if one.get("name") == "default"), None)
-    return ChatTemplate(source or GEMMA_TEMPLATE, special, system_role=system_role)
+    return ChatTemplate(
+        source or GEMMA_TEMPLATE, special, system_role=system_role, control_strings=control_strings
+    )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers compiles chat templates. Sandboxed, for they come with checkpoints."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    return environment
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} must be JSON: {error}: download it again") from None
     return content if isinstance(content, dict) else {}
+
+
+def _read_override(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template must name a Jinja file, {path} cannot be read: {error}") from None
 
 
 def _token(value: Any, default: str) -> str:
     return str(value["content"] if isinstance(value, dict) else value or default)
 
 
-def _refuse(message: str) -> None:
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role
+
+
+def _prepended(turns: list[Turn]) -> list[Turn]:
+    """System text moves to the front of the first user turn, as Gemma 3's template does it."""
+    system = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    if not system or not rest or rest[0]["role"] != "user":
+        return turns
+    first = {"role": "user", "content": "\n\n".join([*system, rest[0]["content"].strip()])}
+    return [first, *rest[1:]]
+
+
+def _raise(message: str) -> NoReturn:
     raise TemplateError(message)

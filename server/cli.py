@@ -9,6 +9,7 @@ import sys
 import time
 from uuid import uuid4
 
+import uvloop
 import yaml
 
 from cabochon.engine.detokenizer import Detokenizer
@@ -54,6 +55,9 @@ def main() -> None:
         sys.exit(_complain(error, 1))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `cabochon generate ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent
+        sys.exit(1)
 
 
 def _run(command: str, args: list[str]) -> int:
@@ -65,7 +69,8 @@ def _run(command: str, args: list[str]) -> int:
         return 0
     if command == "serve":
         set_up_logging(settings.server.log_format, settings.server.log_level)
-        return asyncio.run(serve(settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(settings))
     if command == "generate":
         if not prompt:
             raise ConfigError('generate must be followed by a prompt: cabochon generate "Once upon a time"')
@@ -81,7 +86,7 @@ async def _generate(prompt: str, settings: Settings) -> int:
         prompts = load_prompts(directory, settings.server)
         request = GenerateRequest(
             request_id=uuid4().hex,
-            prompt_ids=await prompts.encode(prompt),
+            prompt_ids=await prompts.encode(prompt, limit=engine.info.max_model_len),
             params=SamplingParams(temperature=0, max_tokens=GENERATE_TOKENS),
             arrival_s=time.monotonic(),
         )

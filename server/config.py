@@ -12,13 +12,13 @@ class ServerConfig:
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 in a container
     port: int = 8000  # TCP port; 0: any free one
-    served_model_name: str | None = None  # name clients use, beside the model as given
+    served_model_name: tuple[str, ...] = ()  # names clients use instead of the model as given; a,b is two
     api_key_file: str | None = None  # a key per line, read again when it changes; None: no key is asked for
     system_role: Literal["error", "prepend"] = (
         "error"  # for models without one: refuse, or put into the first turn
     )
     chat_template: str | None = None  # jinja file instead of the checkpoint's template
-    max_body_bytes: int = 16 * 2**20  # larger request bodies are refused with 413
+    max_body_bytes: int = 4 * 2**20  # larger request bodies get 413; more lets one body hold up others longer
     max_queued_requests: int = 1024  # open requests at most, a bound on memory; beyond it 429
     max_queue_wait_s: float = 60.0  # predicted wait above it: 429 with Retry-After
     step_timeout_s: float = 60.0  # work pending and no step for that long: the engine counts as hung

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}, never with the input."""
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}; never the input."""
 
 from typing import Any, NamedTuple
 

@@ -100,9 +100,10 @@ async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerat
 
 
 def _delta(choice: Choice, output: RequestOutput) -> Delta:
-    """A stop token's own text is not shown."""
+    """A stop token's own text is shown only where a stop string's is."""
     detokenizer = choice.detokenizer
-    shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
+    is_hidden = output.stop_token_id is not None and not detokenizer.includes_stop
+    shown = output.token_ids[:-1] if is_hidden else output.token_ids
     text = detokenizer.feed(shown)
     finish_reason = output.finish_reason
     if finish_reason is not None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 from cabochon.engine.engine import Engine
@@ -10,6 +12,8 @@ from cabochon.server.config import ServerConfig
 
 
 class Phase(Enum):
+    """Where the server is between start and end."""
+
     SERVING = "serving"
     LAME_DUCK = "lame duck"  # health says 503, so that load balancers leave; requests are still served
     DRAINING = "draining"  # new requests get 503, running ones finish
@@ -44,24 +48,28 @@ class Lifecycle:
         wait_s = stats.queued_tokens / stats.prefill_tokens_per_s if stats.prefill_tokens_per_s else 0.0
         if wait_s > self._config.max_queue_wait_s:
             raise Overloaded(
-                f"the predicted wait must be at most {self._config.max_queue_wait_s:g} s, it is {wait_s:.0f} s:"
-                " retry later",
+                f"the predicted wait must be at most {self._config.max_queue_wait_s:g} s,"
+                f" it is {wait_s:.0f} s: retry later",
                 wait_s,
             )
         if self.num_open + num_requests > self._config.max_queued_requests:
             raise Overloaded(
-                f"at most {self._config.max_queued_requests} requests may be open, {self.num_open} are: retry later",
+                f"at most {self._config.max_queued_requests} requests may be open,"
+                f" {self.num_open} are: retry later",
                 max(wait_s, 1.0),
             )
 
-    def __enter__(self) -> None:
-        self.num_open += 1
+    @contextmanager
+    def opened(self, num_requests: int) -> Iterator[None]:
+        """Count requests as open while the context lasts."""
+        self.num_open += num_requests
         self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.num_open -= 1
-        if self.num_open == 0:
-            self._idle.set()
+        try:
+            yield
+        finally:
+            self.num_open -= num_requests
+            if self.num_open == 0:
+                self._idle.set()
 
     async def drain(self) -> bool:
         """Lame duck, then drain, then end what is left. Returns whether every request finished by itself."""

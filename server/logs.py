@@ -1,4 +1,4 @@
-"""Log lines: plain at a terminal, a JSON object each on GKE. A request is its id: never a prompt, an answer or a key."""
+"""Log lines: plain at a terminal, a JSON object each on GKE. Never a prompt, an answer or a key."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -27,5 +28,5 @@ def set_up_logging(kind: Literal["plain", "json"], level: str) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(_JsonFormatter() if kind == "json" else plain)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "huggingface_hub", "asyncio"):
+    for noisy in ("httpx", "huggingface_hub", "asyncio", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

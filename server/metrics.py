@@ -5,40 +5,19 @@ Gauges and engine counters are rendered from the engine's last snapshot; nothing
 
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cabochon.engine.engine import Engine
 from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
+from cabochon.server.histogram import Histogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client's
 
 # Bounds in seconds and tokens as vLLM's (v1/metrics/loggers.py), so that dashboards line up.
-FIRST_TOKEN_S = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+                 80, 160, 640, 2560)  # fmt: skip
 TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -49,8 +28,10 @@ class Metrics:
     """A registry of its own, so that two apps in a process do not meet."""
 
     def __init__(self, engine: Engine, model_name: str) -> None:
+        engine.on_step(lambda step: self.observe_step(step.stats))
         self.registry = CollectorRegistry()
         self._model = model_name
+        self._histograms: list[Histogram] = []
         self.registry.register(_Snapshot(engine, model_name))
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "arrival to first token", FIRST_TOKEN_S
@@ -78,7 +59,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Prometheus text format 0.0.4."""
-        return generate_latest(self.registry)
+        histograms = "".join([histogram.render() for histogram in self._histograms])
+        return generate_latest(self.registry) + histograms.encode()
 
     def observe_step(self, stats: EngineStats) -> None:
         """After every step of the engine."""
@@ -115,8 +97,9 @@ class Metrics:
         self._success.labels(self._model, reason).inc()
 
     def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
-        family = Histogram(f"vllm:{name}", text, ["model_name"], buckets=bounds, registry=self.registry)
-        return family.labels(self._model)
+        histogram = Histogram(f"vllm:{name}", text, bounds, self._model)
+        self._histograms.append(histogram)
+        return histogram
 
 
 class _Snapshot(Collector):

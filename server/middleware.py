@@ -1,25 +1,30 @@
-"""Around every request: its id, the API key, one line in the log. Plain ASGI, so that streams pass untouched."""
+"""Around every request: its id, the API key, a last word on crashes, one line in the log.
+
+Plain ASGI, so that streams pass untouched. Handlers leave in `log_fields` what their line should say beside.
+"""
 
 import logging
 import re
 import time
+from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cabochon.server.auth import ApiKeys
-from cabochon.server.errors import ApiError
+from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.streaming import JsonResponse
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 QUIET = ("/metrics", "/health", "/-/healthz")  # probes and scrapes, many a second
+CLIENT_GONE = 499  # nginx's code: no answer was started
 
 
 class Border:
-    """X-Request-Id in and out, 401 without a key, an access line without any content."""
+    """X-Request-Id in and out, 401 without a key, 500 for a bug, an access line without any content."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -32,8 +37,9 @@ class Border:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        started_s, status = time.monotonic(), 499  # no answer was started: the client went away
+        log_fields: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, log_fields=log_fields)
+        started_s, status = time.monotonic(), CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -44,12 +50,22 @@ class Border:
 
         try:
             self._keys.check(scope["path"], headers.get("authorization"))
-        except ApiError as error:
-            await JsonResponse(error.body(), error.status)(scope, receive, send_with_id)
-        else:
             await self._app(scope, receive, send_with_id)
-        if scope["path"] not in QUIET:
-            elapsed_ms = (time.monotonic() - started_s) * 1e3
-            logger.info(
-                "request id=%s path=%s status=%d ms=%.0f", request_id, scope["path"], status, elapsed_ms
-            )
+        except Exception as error:  # the border: nothing gets past it without an answer and a line in the log
+            if not isinstance(error, ApiError):
+                logger.error("request failed id=%s", request_id, exc_info=error)
+            if status == CLIENT_GONE:
+                answer = as_api_error(error)
+                response = JsonResponse(answer.body(), answer.status, answer.headers)
+                await response(scope, receive, send_with_id)
+        finally:
+            if scope["path"] not in QUIET:
+                log_fields["ms"] = round((time.monotonic() - started_s) * 1e3)
+                _log(scope["method"], scope["path"], request_id, status, log_fields)
+
+
+def _log(method: str, path: str, request_id: str, status: int, fields: dict[str, Any]) -> None:
+    """One line: stable words first, so that it can be searched; the same as fields of a JSON line."""
+    named = {"id": request_id, "method": method, "path": path, "status": status, **fields}
+    text = " ".join(f"{name}={value}" for name, value in named.items())
+    logger.info("request %s", text, extra={"fields": named})

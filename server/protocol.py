@@ -1,6 +1,6 @@
-"""Bodies of the OpenAI endpoints. Every parameter is implemented exactly, or refused by name; none is ignored.
+"""Bodies of the OpenAI endpoints. Every parameter is implemented exactly, or refused by name.
 
-A field that is null counts as absent, at every depth. Types are strict: "0.5" is no number, true is no integer.
+A field that is null counts as absent, at every depth. Types are strict: "0.5" is no number, true no integer.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,6 +13,9 @@ from cabochon.server.errors import ApiError
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_CHOICES = 64  # n, and prompts · n of one body
+# Bounds on what pydantic gets to see: it holds the GIL, and reports on every entry of a list it cannot use.
+MAX_ENTRIES = 4096  # of an object
+MAX_ITEMS = 32768  # of a list of anything but integers
 
 # Accepted, and of no effect on a self-hosted model.
 NO_EFFECT = frozenset(
@@ -45,7 +48,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stop = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -77,7 +80,7 @@ class GenerationRequest(_Strict):
     logit_bias: dict[str, float] = Field(default_factory=dict, max_length=1024)
     min_tokens: int = 0
     stop: StopString | Stop = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=256)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=256, fail_fast=True)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
@@ -101,7 +104,7 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     @property
@@ -109,22 +112,28 @@ class Message(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
     prompt: (
-        str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1)] = 16  # OpenAI's default
     echo: bool = False
@@ -135,15 +144,17 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool = True
+    messages: Messages | None = None
+    add_special_tokens: bool = True  # of a prompt; the template of messages writes its own
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False  # the pieces of the vocabulary, too
 
 
 class DetokenizeRequest(_Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -178,11 +189,19 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 
 
 def without_nulls(value: Any) -> Any:
-    """Clients replay objects with fields they never set: a null is no value, at every depth."""
+    """Clients replay objects with fields they never set: a null is no value, at every depth.
+
+    Raises ApiError if an object or a list is too large to be meant.
+    """
     if isinstance(value, dict):
+        if len(value) > MAX_ENTRIES:
+            raise ApiError(f"an object must have at most {MAX_ENTRIES} entries, got {len(value)}: send fewer")
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        kinds = set(map(type, value))
+        if len(value) > MAX_ITEMS and kinds != {int}:
+            raise ApiError(f"a list must have at most {MAX_ITEMS} items, got {len(value)}: send fewer")
+        return value if kinds.isdisjoint((dict, list)) else [without_nulls(item) for item in value]
     return value
 
 
@@ -192,7 +211,6 @@ def _first_error(error: ValidationError) -> ApiError:
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
     first = unknown or max(errors, key=lambda e: (e["loc"][:1] == errors[0]["loc"][:1], len(e["loc"])))
     names = [str(part) for part in first["loc"] if _is_name(part)]
-    param = names[0] if names else None
     where = ".".join(names) or "the body"
     if unknown is not None:
         return ApiError(
@@ -202,7 +220,7 @@ def _first_error(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(f"{where} must be given: add it", param=where, code="missing_required_parameter")
-    return ApiError(f"{where} is not valid: {first['msg']}", param=param)
+    return ApiError(f"{where} is not valid: {first['msg']}", param=where)
 
 
 def _is_name(part: object) -> bool:

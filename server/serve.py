@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import uvicorn
 from tqdm import tqdm
 
 from cabochon.engine.client import EngineClient
+from cabochon.engine.engine import Engine
+from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
 from cabochon.server.app import build_app
 from cabochon.server.prompts import load_prompts
@@ -20,7 +24,8 @@ from cabochon.server.settings import Settings
 logger = logging.getLogger(__name__)
 
 DEAD_ENGINE_EXIT_S = 5.0  # time for open requests to get their error, and for probes to see 503
-CLOSE_TIMEOUT_S = 5
+CLOSE_TIMEOUT_S = 5  # for the last bytes to slow clients
+KEEP_ALIVE_S = 620  # longer than load balancers keep idle connections (Google's: 600), or they meet resets
 
 
 class _Uvicorn(uvicorn.Server):
@@ -52,53 +57,82 @@ async def start_engine(settings: Settings, directory: Path) -> EngineClient:
 
 async def serve(settings: Settings) -> int:
     """Run until a signal or the engine's death. Returns the exit code."""
-    directory = await find_model(settings)
-    prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
-    client = await start_engine(settings, directory)
-    service = Service(client, await prompts, settings.server)
-    client.on_step(lambda step: service.metrics.observe_step(step.stats))
+    with bind(
+        settings.server.host, settings.server.port
+    ) as sock:  # taken ports are found before minutes of loading
+        directory = await find_model(settings)
+        prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
+        client = await start_engine(settings, directory)
+        try:
+            return await serve_engine(Service(client, await prompts, settings.server), sock)
+        finally:
+            await client.shutdown()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"host and port must be free to listen on, {host}:{port} is not ({error.strerror}):"
+            " choose another port"
+        ) from None
+    return sock
+
+
+async def serve_engine(service: Service, sock: socket.socket) -> int:
+    """Serve a ready engine on a bound socket until a signal or its death. Returns the exit code."""
     server = _Uvicorn(
         uvicorn.Config(
             build_app(service),
-            host=settings.server.host,
-            port=settings.server.port,
             log_config=None,
             access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
     )
-    end = _End(client, service, server)
-    watch = asyncio.create_task(end.watch())
+    gc.collect()
+    gc.freeze()  # what is loaded now is permanent: later collections need not walk it
+    end = _End(service, server)
+    watch = asyncio.create_task(end.watch(sock))
     try:
-        await server.serve()
+        await server.serve(sockets=[sock])
     finally:
         watch.cancel()
-        await client.shutdown()
+        await service.engine.shutdown()
     return end.exit_code
 
 
 class _End:
     """How the server ends: drained after a signal, at once after a second one, or because the engine died."""
 
-    def __init__(self, client: EngineClient, service: Service, server: uvicorn.Server) -> None:
-        self._client = client
-        self._service = service
+    def __init__(self, service: Service, server: uvicorn.Server) -> None:
+        self._engine = service.engine
+        self._lifecycle = service.lifecycle
         self._server = server
         self._drain: asyncio.Task[None] | None = None
         self.exit_code = 0
 
-    async def watch(self) -> None:
+    async def watch(self, sock: socket.socket) -> None:
         """Announce readiness, then look for signals and the engine's death."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         while not self._server.started:
             await asyncio.sleep(0.01)
-        _print_banner(self._client, self._service, self._server)
-        while self._client.dead_reason() is None:
+        _print_banner(self._engine, sock)
+        while self._engine.dead_reason() is None:
             await asyncio.sleep(0.1)
         if self._drain is None:
             self.exit_code = 1
+            logger.error("engine dead, exit in %g s", DEAD_ENGINE_EXIT_S)
             await asyncio.sleep(DEAD_ENGINE_EXIT_S)
             self._server.should_exit = True
 
@@ -110,28 +144,31 @@ class _End:
             self._server.should_exit = self._server.force_exit = True
 
     async def _drain_and_exit(self) -> None:
-        logger.info("draining open_requests=%d", self._service.lifecycle.num_open)
-        is_clean = await self._service.lifecycle.drain()
+        logger.info("draining open_requests=%d", self._lifecycle.num_open)
+        is_clean = await self._lifecycle.drain()
         logger.info("drained clean=%s", is_clean)
-        await self._client.shutdown()  # ends what is left with an error
+        await self._engine.shutdown()  # ends what is left with an error
         self._server.should_exit = True
 
 
-def _print_banner(client: EngineClient, service: Service, server: uvicorn.Server) -> None:
-    info = client.info
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
-    url = f"http://{host}:{port}/v1"
+def _print_banner(engine: Engine, sock: socket.socket) -> None:
+    info = engine.info
+    host, port = sock.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     note = (
         "  Gemma 3 270M: small, pretrained, not instruction-tuned; Gemma's terms apply\n"
         if info.model == "demo"
         else ""
     )
+    weights_gib, kv_gib = info.weight_bytes / 2**30, info.kv_bytes / 2**30
     print(
         f"\n  Cabochon {VERSION}\n{note}"
-        f"  model     {info.model} ({info.architecture}, {info.dtype}, {info.weight_bytes / 2**30:.2f} GiB of weights)\n"
+        f"  model     {info.model} ({info.architecture}, {info.dtype}, {weights_gib:.2f} GiB of weights)\n"
         f"  device    {info.device}, attention {info.attention_backend}\n"
-        f"  KV cache  {info.kv_capacity_tokens:,} tokens in {info.kv_bytes / 2**30:.2f} GiB;"
+        f"  KV cache  {info.kv_capacity_tokens:,} tokens in {kv_gib:.2f} GiB;"
         f" a request has up to {info.max_model_len:,}\n"
-        f"  ready at  {url}\n",
+        f"  ready at  {url}\n\n"
+        f"  curl {url}/completions -H 'Content-Type: application/json' \\\n"
+        """       -d '{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}'\n""",
         flush=True,
     )

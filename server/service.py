@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 from uuid import uuid4
 
-from starlette.types import Receive
+from starlette.requests import Request
 
 from cabochon.engine.admission import check_request
 from cabochon.engine.detokenizer import Detokenizer
@@ -50,7 +50,7 @@ class Service:
         self.engine = engine
         self.prompts = prompts
         self.config = config
-        self.names = [name for name in (config.served_model_name, engine.info.model) if name]
+        self.names = config.served_model_name or (engine.info.model,)
         self.metrics = Metrics(engine, self.names[0])
         self.lifecycle = Lifecycle(engine, config)
         self.started = int(time.time())
@@ -70,7 +70,7 @@ class Service:
     async def chat(self, body: ChatRequest, request_id: str) -> Job:
         """A job for POST /v1/chat/completions."""
         model = self.check_model(body.model)
-        prompt = await self.prompts.of_messages(body.messages)
+        prompt = await self.prompts.of_messages(body.messages, limit=self.engine.info.max_model_len)
         return self._job(
             "chat", body, [prompt], body.max_completion_tokens or body.max_tokens, model, request_id
         )
@@ -79,25 +79,38 @@ class Service:
         """A job for POST /v1/completions."""
         model = self.check_model(body.model)
         prompts = [
-            prompt if isinstance(prompt, list) else await self.prompts.encode(prompt)
+            prompt
+            if isinstance(prompt, list)
+            else await self.prompts.encode(prompt, limit=self.engine.info.max_model_len)
             for prompt in _as_batch(body.prompt)
         ]
         return self._job("completion", body, prompts, body.max_tokens, model, request_id)
 
-    async def respond(self, job: Job, receive: Receive) -> JsonResponse | EventStream:
+    async def respond(self, job: Job, request: Request) -> JsonResponse | EventStream:
         """Run a job. Errors before the first token are raised, so that they get a status of their own."""
-        deltas = self._run(job)
+        deltas = self._run(job, request.state.log_fields)
         if not job.is_stream:
             async with aclosing(deltas):
-                return JsonResponse(await or_disconnect(receive, _collect(job, deltas)))
-        first = await or_disconnect(receive, anext(deltas))
+                return JsonResponse(await or_disconnect(request.receive, _collect(job, deltas)))
+        first = await or_disconnect(request.receive, anext(deltas))
         return EventStream(_events(job, first, deltas))
 
-    async def _run(self, job: Job) -> AsyncGenerator[Delta, None]:
+    async def _run(self, job: Job, log_fields: dict[str, Any]) -> AsyncGenerator[Delta, None]:
+        """Deltas, counted. log_fields get what the access line says of them."""
+        usage = job.usage
+        log_fields["prompt_tokens"] = usage.prompt_tokens
         self.lifecycle.admit(len(job.choices))
-        with self.lifecycle:
+        cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
+        with self.lifecycle.opened(len(job.choices)):
             async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
                 async for delta in deltas:
+                    cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
+                    usage.cached_tokens = sum(cached.values())
+                    usage.completion_tokens += delta.num_tokens
+                    if "ttft_ms" not in log_fields:
+                        arrival_s = job.choices[delta.index].request.arrival_s
+                        log_fields["ttft_ms"] = round((time.monotonic() - arrival_s) * 1e3)
+                    log_fields["completion_tokens"] = usage.completion_tokens
                     yield delta
 
     def _job(
@@ -111,7 +124,8 @@ class Service:
     ) -> Job:
         if len(prompts) * body.n > MAX_CHOICES:
             raise ApiError(
-                f"prompts · n must be at most {MAX_CHOICES}, got {len(prompts)} · {body.n}: send several bodies",
+                f"prompts · n must be at most {MAX_CHOICES}, got {len(prompts)} · {body.n}:"
+                " send several bodies",
                 param="n",
             )
         seed = secrets.randbelow(MAX_SEED - MAX_CHOICES) if body.seed is None else body.seed
@@ -151,6 +165,7 @@ class Service:
             stop=body.stop_strings,
             skip_special_tokens=body.skip_special_tokens,
             include_stop=body.include_stop_str_in_output,
+            min_tokens=body.min_tokens,
         )
 
     def _echo(self, body: GenerationRequest, choice: Choice) -> str:
@@ -186,30 +201,19 @@ def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int)
     )
 
 
-def _count(job: Job, delta: Delta, cached: dict[int, int]) -> None:
-    """Usage after a delta. The first choice of each prompt tells what came from the cache."""
-    job.usage.completion_tokens += delta.num_tokens
-    cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
-    job.usage.cached_tokens = sum(cached.values())
-
-
 async def _collect(job: Job, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
     texts = list(job.echo)
     reasons: list[str | None] = [None] * len(texts)
-    cached: dict[int, int] = {}
     async for delta in deltas:
         texts[delta.index] += delta.text
         reasons[delta.index] = delta.finish_reason
-        _count(job, delta, cached)
     return job.frame.whole(texts, reasons, job.usage)
 
 
 async def _events(job: Job, first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-    cached: dict[int, int] = {}
     seen: set[int] = set()
 
     def render(delta: Delta) -> bytes | None:
-        _count(job, delta, cached)
         is_first = delta.index not in seen
         if not (delta.text or delta.finish_reason or is_first):
             return None  # held back: the start of a stop string, or half a character

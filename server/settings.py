@@ -1,4 +1,4 @@
-"""Flags, CABOCHON_* variables and a YAML file, into the frozen configs: the only place that reads the environment.
+"""Flags, CABOCHON_* variables and a YAML file, into the frozen configs: only here the environment is read.
 
 Precedence: flag, variable, file, default. A key or variable that is not an option is an error that names it.
 """
@@ -8,10 +8,10 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError, ValidationInfo, create_model, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +24,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 from cabochon.server.config import ServerConfig
 
+Config = TypeVar("Config", ServerConfig, EngineConfig)
 PREFIX = "CABOCHON_"
 CONFIG_FLAG = "config"
 
@@ -49,12 +50,7 @@ def load_settings(args: Sequence[str]) -> Settings:
         name = first["loc"][0] if first["loc"] else "an option"
         raise ConfigError(f"{name}: {first['msg']}, got {values.get(str(name))}") from None
     given = {name: getattr(checked, name) for name in _fields()}
-    return Settings(
-        *(
-            cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)})
-            for cls in (ServerConfig, EngineConfig)
-        )
-    )
+    return Settings(_build(ServerConfig, given), _build(EngineConfig, given))
 
 
 def set_process_environment() -> None:
@@ -78,25 +74,40 @@ def _fields() -> dict[str, Any]:
     return {field.name: field for field in fields}
 
 
+def _build(kind: type[Config], given: dict[str, Any]) -> Config:
+    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
+
+
 def _variables() -> set[str]:
     return {PREFIX + name.upper() for name in _fields()} | {PREFIX + "TEST_ALL"}
 
 
 def _model() -> type[BaseSettings]:
-    return create_model(
-        "CabochonSettings",
-        __base__=_PlainSettings,
-        **{name: (field.type, field.default) for name, field in _fields().items()},
-    )
+    fields: dict[str, Any] = {name: (field.type, field.default) for name, field in _fields().items()}
+    model: type[BaseSettings] = create_model("CabochonSettings", __base__=_PlainSettings, **fields)
+    return model
 
 
 class _PlainSettings(BaseSettings):
     """Takes values as given: the sources are read one by one, for errors of our own."""
 
-    model_config = SettingsConfigDict(extra="forbid", env_prefix=PREFIX, cli_kebab_case=True)
+    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
+        """A list may be written a,b in every source; `null` and an empty variable are no value."""
+        default = _fields()[str(info.field_name)].default
+        if isinstance(default, tuple):
+            parts = [value] if isinstance(value, str) else value
+            if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+                return tuple(name for part in parts for name in part.split(",") if name)
+        return default if value in ("", "null", "None") and default is None else value
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+    def settings_customise_sources(  # type: ignore[override]  # the sources not used are not named
+        cls, settings_cls: Any, init_settings: Any, **_: Any
+    ) -> Any:
         return (init_settings,)
 
 
@@ -105,22 +116,27 @@ def _from_environment() -> dict[str, Any]:
 
 
 def _from_flags(flags: list[str]) -> dict[str, Any]:
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("-") and not _is_number(name) and name not in _flags():
+            raise ConfigError(_not_an_option(name, _flags()))
     try:
         source: Any = CliSettingsSource(
-            _model(), cli_parse_args=flags, cli_exit_on_error=False, cli_kebab_case=True
+            _model(),
+            cli_parse_args=flags,
+            cli_exit_on_error=False,
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
         )
     except SettingsError as error:
-        bad = next(
-            (flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in _flags()), None
-        )
-        if bad is not None:
-            raise ConfigError(_not_an_option(bad.split("=")[0], _flags())) from None
         raise ConfigError(f"flags must be --option VALUE: {error}; see `cabochon --help`") from None
     return dict(source())
 
 
 def _flags() -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in (*_fields(), CONFIG_FLAG)]
+    names = [name.replace("_", "-") for name in (*_fields(), CONFIG_FLAG)]
+    switches = [name.replace("_", "-") for name, field in _fields().items() if field.type is bool]
+    return [f"--{name}" for name in names] + [f"--no-{name}" for name in switches]
 
 
 def _from_file(path: str | None) -> dict[str, Any]:
@@ -147,6 +163,10 @@ def _take_config_flag(args: list[str]) -> tuple[str | None, list[str]]:
         if arg.startswith(f"--{CONFIG_FLAG}="):
             return arg.split("=", 1)[1], args[:index] + args[index + 1 :]
     return None, args
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("-").replace(".", "", 1).isdecimal()
 
 
 def _not_an_option(given: str, known: Sequence[str], word: str | None = None) -> str:

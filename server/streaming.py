@@ -1,4 +1,4 @@
-"""Answers that notice when nobody listens any more: server-sent events, and waiting with an eye on the client."""
+"""Bodies and answers: server-sent events, JSON, and waiting with an eye on the client."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
@@ -13,6 +13,7 @@ from cabochon.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+JSON_TYPE = "application/json"
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -32,22 +33,42 @@ class JsonResponse(Response):
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError (413) as soon as it is too long, whatever Content-Length says."""
+    """The whole body. Raises ApiError: 415 if it is not plain JSON, 413 as soon as it is too long.
+
+    What Content-Length says is only believed when it is bad news.
+    """
+    kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
+    if kind != JSON_TYPE:
+        raise ApiError(
+            f"Content-Type must be {JSON_TYPE}: set this header", status=415, code="unsupported_media_type"
+        )
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(
+            "the body must not be compressed: send it as it is", status=415, code="unsupported_media_type"
+        )
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise ApiError(
-                f"the body must have at most {max_bytes} bytes: send less, or raise max_body_bytes",
-                status=413,
-                code="body_too_large",
-            )
+            raise _too_large(max_bytes)
         parts.append(part)
     return b"".join(parts)
 
 
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        f"the body must have at most {max_bytes} bytes: send less, or raise max_body_bytes",
+        status=413,
+        code="body_too_large",
+        headers={"Connection": "close"},  # the rest of the body is not read
+    )
+
+
 async def or_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Await `work`; cancel it and raise ClientDisconnect if the client goes away first. The body must be read."""
+    """Await `work`; cancel it and raise ClientDisconnect if the client goes away. The body must be read."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:

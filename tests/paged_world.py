@@ -5,7 +5,7 @@ position it looks up every key that position sees, in every layer group, and com
 function of the tokens before them alone, so outputs do not depend on chunking, caching or preemption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +18,7 @@ from cabochon.engine.page_pool import PagePool
 from cabochon.engine.plan import Plan
 from cabochon.engine.rows import NULL_PAGE, Rows
 from cabochon.engine.sampling_params import SamplingParams
-from cabochon.engine.scheduler import Scheduler
+from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, Scheduler
 
 VOCAB = 50
 EOS = 1
@@ -42,6 +42,11 @@ def expected_output(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool 
 def request(request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object) -> GenerateRequest:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=bool(fields.pop("ignore_eos", False)))
     return GenerateRequest(request_id=request_id, prompt_ids=list(prompt), params=params, **fields)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Random token ids without EOS."""
+    return np.random.default_rng(seed).integers(2, VOCAB, length).tolist()
 
 
 class World:
@@ -86,14 +91,22 @@ class World:
         self.scheduler.add(message)
         self.outputs[message.request_id] = []
 
-    def step(self) -> Plan | None:
-        running = {r.row for r in self.scheduler._running}
-        ready = {row for row in running if self.rows.num_tokens[row] - self.rows.num_computed[row] == 1}
+    def step(self, in_flight: Callable[[], object] | None = None) -> Plan | None:
+        """Schedule, run, update; `in_flight` is called before the update, while the step is on the device."""
+        before = list(self.scheduler._running)
+        ready = {
+            row
+            for row in (r.row for r in before)
+            if self.rows.num_tokens[row] - self.rows.num_computed[row] == 1
+        }
         plan = self.scheduler.schedule()
         if plan is None:
             return None
+        assert not set(before) & set(self.scheduler.take_admitted()), "preempted and admitted in one step"
         self._check_plan(plan, ready)
-        tokens = np.array(list(self._run(plan)), np.int32)
+        tokens = np.array(self._run(plan), np.int32)
+        if in_flight is not None:
+            in_flight()
         for output in self.scheduler.update(plan, tokens):
             self._note(output)
         self.plans.append(plan)
@@ -116,8 +129,15 @@ class World:
     def _check_plan(self, plan: Plan, ready: set[int | None]) -> None:
         assert 0 < plan.num_tokens <= self.step_tokens, "budget exceeded, or an empty step"
         assert (plan.lens >= 1).all()
+        assert plan.lens.max() <= MAX_CHUNK_TOKENS
+        assert (plan.starts == self.rows.num_computed[plan.rows]).all()
+        ends = plan.starts + plan.lens
+        assert (ends <= self.rows.num_tokens[plan.rows]).all(), "computes tokens that are not known"
+        assert (plan.samples == (ends == self.rows.num_tokens[plan.rows])).all()
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row twice"
-        assert (plan.lens[: plan.num_decodes] == 1).all()
+        is_decode = plan.samples & (plan.lens == 1)
+        assert is_decode[: plan.num_decodes].all()
+        assert not is_decode[plan.num_decodes :].any(), "decodes stand first"
         still_running = {r.row for r in self.scheduler._running if r not in self.scheduler.take_admitted()}
         assert ready & still_running <= set(plan.rows.tolist()), "a decode was skipped"
 

@@ -1,7 +1,8 @@
 """A tokenizer of Gemma's kind that is small enough to build in a test: bytes, a few words, turn tokens."""
 
-from cabochon.engine.models.demo_tokenizer import PieceType, build_tokenizer
 from tokenizers import Tokenizer
+
+from cabochon.engine.models.demo_tokenizer import PieceType, build_tokenizer
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 WORDS = [

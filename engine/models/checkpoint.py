@@ -1,7 +1,7 @@
 """A directory of safetensors, read tensor by tensor: one file, or shards with an index.
 
-Each tensor is handed out once, by name, with the shape the model expects; the caller packs and drops it, so memory
-stays near what the loaded model needs. No pickle is ever read.
+Each tensor is handed out once, by name, with the shape the model expects; the caller packs and drops it, so
+memory stays near what the loaded model needs. No pickle is ever read.
 """
 
 import json
@@ -20,7 +20,7 @@ IGNORED = {"lm_head.weight"}  # tied to the embedding; some exporters write it a
 
 
 class Checkpoint:
-    """Open with the constructor, `close` when done. Raises BadCheckpoint on missing, truncated or odd files."""
+    """Open with the constructor, `close` when done. Raises BadCheckpoint if files are bad."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

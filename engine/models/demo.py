@@ -2,8 +2,8 @@
 
     python -m cabochon.engine.models.demo DIRECTORY
 
-A small pretrained (not instruction-tuned) model under Gemma's terms. The conversion is atomic: DIRECTORY appears
-whole or not at all. A process of its own, because it needs torch, which the server never loads.
+A small pretrained (not instruction-tuned) model under Gemma's terms. The conversion is atomic: DIRECTORY
+appears whole or not at all. A process of its own, because it needs torch, which the server never loads.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ LAYER_NAMES = {
 
 
 def convert(target: Path) -> None:
-    """Make `target`, unless another process has. Raises BadCheckpoint if the packages' file is not the expected."""
+    """Make `target`, unless another process has. Raises BadCheckpoint if the GGUF is not the expected."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f"{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, and finds the result

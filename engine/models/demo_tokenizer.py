@@ -1,9 +1,9 @@
 """tokenizer.json for the demo, from the vocabulary in its GGUF file.
 
-Gemma's tokenizer is a SentencePiece BPE: merge the adjacent pair whose piece has the best score. In `tokenizers`
-that is a BPE whose merges are all splits of each piece into two pieces, in order of score. User-defined pieces
-(runs of newlines, tabs and spaces, HTML tags) are cut out first, longest match, on the normalized text.
-Checked against sentencepiece itself (tests/engine/models/test_demo_tokenizer.py).
+Gemma's tokenizer is a SentencePiece BPE: merge the adjacent pair whose piece has the best score. In
+`tokenizers` that is a BPE whose merges are all splits of each piece into two pieces, in order of score.
+User-defined pieces (runs of newlines, tabs and spaces, HTML tags) are cut out first, longest match, on the
+normalized text. Checked against sentencepiece itself (tests/engine/models/test_demo_tokenizer.py).
 """
 
 from enum import IntEnum

@@ -1,8 +1,8 @@
-"""The forward pass of Gemma 2 and Gemma 3 (text), packed over sequences: tokens in, hidden rows and logits out.
+"""The forward pass of Gemma 2 and Gemma 3 (text), packed over sequences: tokens in, hidden rows, logits out.
 
-One decoder for both: they differ in softcaps, QK norm, layer pattern and rope bases, all of them in ModelConfig.
-Rounding follows transformers' modeling_gemma2/3: norms in fp32 rounded once, residual added in the working dtype,
-gelu rounded before its product. Knows nothing of requests, pages' owners or sampling.
+One decoder for both: they differ in softcaps, QK norm, layer pattern and rope bases, all in ModelConfig.
+Rounding follows transformers' modeling_gemma2/3: norms in fp32 rounded once, residual added in the working
+dtype, gelu rounded before its product. Knows nothing of requests, pages' owners or sampling.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,10 @@ class Gemma:
         return self._embedding.nbytes + self._head.num_bytes + sum(linears)
 
     def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: TorchAttention) -> Tensor:
-        """token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. Returns [T', E] before the final norm."""
+        """Hidden rows before the final norm.
+
+        token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. Returns [T', E].
+        """
         x = self._embedding.index_select(0, token_ids) * self._embedding_scale  # [T', E]
         positions = torch.nn.functional.pad(inputs.positions, (0, len(token_ids) - len(inputs.positions)))
         angles = {
@@ -81,7 +84,7 @@ class Gemma:
         return self._head(self._normed(hidden))
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """fp32 logits of a few (row, token) pairs. hidden: [C, E], token_ids: [C]. Returns [C], not softcapped."""
+        """Uncapped logits of some (row, token) pairs. hidden: [C, E]. token_ids: [C]. Returns [C] fp32."""
         rows = self._embedding.index_select(0, token_ids).float()
         return (self._normed(hidden).float() * rows).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config.json through transformers' configuration classes; refuses by name what we do not run."""
+"""Reads config.json through transformers' configuration classes; refuses by name what we do not run."""
 
 import json
 from pathlib import Path

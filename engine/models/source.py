@@ -1,6 +1,6 @@
 """Where a model's files are: the demo, a directory, or a repository of the Hugging Face Hub.
 
-Runs in the server process: no torch, no transformers. Only safetensors and JSON are ever fetched, never pickle.
+Runs in the server process: no torch, no transformers. Fetches safetensors and JSON, never pickle.
 """
 
 import logging
@@ -59,7 +59,8 @@ def _locate_demo(cache: Path) -> Path:
         code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
         if code != 0 or not directory.exists():
             raise BadCheckpoint(
-                f"the demo's conversion must end with code 0, got {code}: its output says why; the next start retries"
+                f"the demo's conversion must end with code 0, got {code}: its output says why, the next start"
+                " tries again"
             )
     return directory
 
@@ -73,7 +74,8 @@ def _check_files(directory: Path) -> None:
             path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf")
         )
         raise BadCheckpoint(
-            f"weights must be in *.safetensors, {directory} has {', '.join(found) or 'no weights'}: {HOW_TO_CONVERT}"
+            f"weights must be in *.safetensors, {directory} has {', '.join(found) or 'no weights'}:"
+            f" {HOW_TO_CONVERT}"
         )
 
 
@@ -83,8 +85,8 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
         raise ModelNotFound(
-            f"{repo} is gated and this account may not read it: accept its terms at {page}, then set HF_TOKEN to a"
-            " token of that account (or run `hf auth login`)"
+            f"{repo} is gated and this account may not read it: accept its terms at {page}, then set HF_TOKEN"
+            " to a token of that account (or run `hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFound(f"{repo} has no revision {revision}: see {page}/tree for those it has") from error

@@ -90,3 +90,18 @@ def test_another_kind_of_tokenizer_is_refused() -> None:
     other.decoder = decoders.Metaspace()
     with pytest.raises(UnsupportedModel, match="must have Gemma's decoder"):
         TokenBytes(other)
+
+
+def test_no_stop_string_is_looked_for_within_min_tokens() -> None:
+    ids = TOKENIZER.encode("stop hello stop", add_special_tokens=False).ids
+    pieces, detokenizer = pieces_of(ids, stop=["stop"], min_tokens=1)
+    assert "".join(pieces) == "stop hello "
+    assert detokenizer.stop_string == "stop"
+    assert "".join(pieces_of(ids, stop=["stop"], min_tokens=len(ids))[0]) == "stop hello stop"
+
+
+def test_of_stop_strings_at_one_place_the_longest_is_found() -> None:
+    ids = [TOKENIZER.token_to_id("hello")]
+    for stop in (["he", "hello"], ["hello", "he"]):
+        pieces, detokenizer = pieces_of(ids, stop=stop, include_stop=True)
+        assert ("".join(pieces), detokenizer.stop_string) == ("hello", "hello")

@@ -58,10 +58,14 @@ def test_greedy_ties_go_to_the_lowest_id(dtype: torch.dtype) -> None:
     assert Bench(GREEDY).sample(logits_of({30: 2.0, 11: 2.0, 12: 2.0}, dtype=dtype)) == [11]
 
 
-def test_greedy_ties_go_to_the_lowest_id_in_a_large_vocabulary() -> None:
-    logits = torch.zeros(3, 262_144)
-    logits[:, [200_000, 131_072, 262_143]] = 1
-    assert logits.max(-1).indices.tolist() == [131_072] * 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+def test_torchs_max_gives_the_lowest_id_of_a_large_vocabulary(num_rows: int, dtype: torch.dtype) -> None:
+    """What greedy rests on: torch does not document it."""
+    logits = torch.zeros(num_rows, 262_144, dtype=dtype)
+    logits[:, [200_000, 131_071, 262_143]] = 1
+    assert logits.max(-1).indices.tolist() == [131_071] * num_rows
+    assert [int(row.argmax()) for row in logits] == [131_071] * num_rows
 
 
 def test_greedy_does_not_see_ties_that_the_cap_makes() -> None:
@@ -94,8 +98,8 @@ def test_presence_counts_once_and_frequency_each_time() -> None:
     assert Bench(SamplingParams(temperature=0, presence_penalty=1.0)).sample(logits) == [7]
     assert Bench(SamplingParams(temperature=0, frequency_penalty=0.1)).sample(logits) == [9]
     assert Bench(SamplingParams(temperature=0, frequency_penalty=0.15)).sample(logits) == [
-        9 if 4.7 > 4.65 else 5
-    ]
+        9
+    ]  # 4.7, 4.65, 4.6
     assert Bench(SamplingParams(temperature=0, frequency_penalty=0.25)).sample(logits) == [7]
 
 
@@ -202,9 +206,40 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     assert token == 3 or temperature > 1
 
 
-def test_nan_is_flagged_and_the_other_rows_go_on() -> None:
+@pytest.mark.parametrize("temperature", [9e-6, 1e-38, 1e-45, 1e-50, 5e-324])
+@pytest.mark.parametrize("fields", [{}, {"top_p": 0.9}, {"top_k": 1}, {"min_p": 0.5}], ids=str)
+def test_a_temperature_too_small_for_fp32_is_greedy(temperature: float, fields: dict[str, float]) -> None:
+    bench = Bench(SamplingParams(temperature=temperature, **fields))
+    assert bench.sample(logits_of({0: 0.0, 2: 19.0, 3: 20.0})) == [3]
+    assert bench.sample(logits_of({0: -9.0, 2: -2.0, 3: -1.0})) == [3]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_p": 0.5}, {"top_k": 2, "min_p": 0.1}], ids=str)
+def test_the_smallest_sampled_temperature_takes_the_best(fields: dict[str, float]) -> None:
+    bench = Bench(SamplingParams(temperature=1e-5, **fields))
+    assert bench.sample(logits_of({0: 0.0, 2: 400.0, 3: 401.0})) == [3]
+
+
+def test_a_row_that_comes_back_goes_on_as_if_it_had_stayed() -> None:
+    params = SamplingParams(seed=4, frequency_penalty=0.5, repetition_penalty=1.3, min_tokens=5, top_p=0.9)
+    logits = random_logits(1)
+    stayed = Bench(params, stop=frozenset({3}))
+    for _ in range(6):
+        row = stayed.row_ids[0]
+        stayed.rows.token_ids[row, stayed.rows.num_tokens[row]] = stayed.sample(logits)[0]
+        stayed.rows.num_tokens[row] += 1
+    known = stayed.rows.token_ids[row, : stayed.rows.num_tokens[row]].tolist()
+    came_back = Bench(SamplingParams(), params, stop=frozenset({3}))  # another row, set anew
+    came_back.row_ids = [came_back.row_ids[1]]
+    came_back.rows.token_ids[came_back.row_ids[0], : len(known)] = known
+    came_back.rows.num_tokens[came_back.row_ids[0]] = len(known)
+    assert came_back.sample(logits) == stayed.sample(logits)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_flagged_and_the_others_go_on(bad: float) -> None:
     logits = random_logits(3)
-    logits[1, 17] = torch.nan
+    logits[1, 17] = bad
     bench = Bench(GREEDY, GREEDY, SamplingParams(seed=3))
     sampled = bench.sampler.sample(logits, np.array(bench.row_ids, np.int32), bench.rows)
     assert sampled.is_finite.tolist() == [True, False, True]

@@ -1,18 +1,15 @@
-"""Scheduler and pages together: order, fairness, preemption, sharing. Contents are checked by the world's runner."""
+"""The scheduler's order, fairness, preemption and endings. Contents are checked by the world's runner."""
 
 import time
 
 import numpy as np
 import pytest
-from paged_world import EOS, VOCAB, World, expected_output, next_token, request
+from paged_world import EOS, VOCAB, World, expected_output, next_token, prompt_of, request
 
-from cabochon.engine.errors import BadPrompt, BadSampling, PromptTooLong, RequestError
+from cabochon.engine.errors import RequestError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import SamplingParams
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(2, VOCAB, length).tolist()
+from cabochon.engine.scheduler import MAX_CHUNK_TOKENS
 
 
 def first_token_steps(world: World, max_steps: int = 500) -> dict[str, int]:
@@ -124,94 +121,6 @@ def test_the_worst_ranked_is_preempted_first() -> None:
     assert [r.request_id for r in world.scheduler._waiting] == ["a"]
 
 
-def test_a_second_prompt_shares_the_pages_of_the_first() -> None:
-    world = World()
-    prompt = prompt_of(22)
-    world.add(request("a", prompt))
-    world.run()
-    world.add(request("b", [*prompt, 7, 8]))
-    world.run()
-    assert world.cached_tokens == {"a": 0, "b": 20}
-    assert world.outputs["b"] == expected_output([*prompt, 7, 8], 4)
-
-
-def test_the_last_token_of_a_prompt_is_always_computed() -> None:
-    world = World()
-    prompt = prompt_of(16)
-    for name in "ab":
-        world.add(request(name, prompt))
-        world.run()
-    assert world.cached_tokens["b"] == 12  # 16 would leave nothing to compute logits from
-
-
-def test_the_next_turn_of_a_chat_hits_the_answer_too() -> None:
-    world = World(max_model_len=80, num_pages=100)
-    prompt = prompt_of(12)
-    world.add(request("a", prompt, max_tokens=21, ignore_eos=True))
-    world.run()
-    world.add(request("b", [*prompt, *world.outputs["a"], *prompt_of(6, seed=5)]))
-    world.run()
-    assert world.cached_tokens["b"] == 32  # 12 + 21 − 1 tokens have K and V
-
-
-def test_requests_that_arrive_together_compute_a_shared_prefix_once() -> None:
-    world = World(step_tokens=64, max_seqs=8, num_pages=100)
-    prompt = prompt_of(40)
-    for i in range(4):
-        world.add(request(f"{i}", [*prompt, 2 + i], max_tokens=2))
-    world.run()
-    assert sum(plan.num_tokens for plan in world.plans) < 41 + 3 * 1 + 4 * 2 + 3
-    assert [world.cached_tokens[f"{i}"] for i in range(4)] == [0, 40, 40, 40]
-
-
-def test_no_hit_across_salts_or_adapters() -> None:
-    world = World()
-    prompt = prompt_of(22)
-    for name, fields in (
-        ("a", {}),
-        ("b", {"cache_salt": "x"}),
-        ("c", {"cache_salt": "y"}),
-        ("d", {"adapter": "x"}),
-    ):
-        world.add(request(name, prompt, **fields))
-        world.run()
-    world.add(request("e", prompt, cache_salt="x"))
-    world.run()
-    assert world.cached_tokens == {"a": 0, "b": 0, "c": 0, "d": 0, "e": 20}
-
-
-def test_private_pages_are_offered_only_after_publish() -> None:
-    world = World(max_model_len=80, num_pages=100, step_tokens=64)
-    prompt = prompt_of(22)
-    world.add(request("private", prompt, max_tokens=40, ignore_eos=True, is_private=True))
-    world.step()
-    world.step()
-    world.add(request("early", prompt, max_tokens=1))
-    world.step()
-    assert world.cached_tokens["early"] == 0
-    world.scheduler.publish("private")
-    world.add(request("late", prompt, max_tokens=1))
-    world.run()
-    assert world.cached_tokens["late"] == 20
-
-
-def test_a_private_request_that_is_aborted_leaves_nothing_behind() -> None:
-    world = World()
-    world.add(request("private", prompt_of(22), is_private=True))
-    for _ in range(3):
-        world.step()
-    world.scheduler.abort("private")
-    assert world.pool.num_cached == world.pool.num_used == 0
-
-
-def test_without_prefix_caching_nothing_is_kept() -> None:
-    world = World(caching=False)
-    for name in "ab":
-        world.add(request(name, prompt_of(22)))
-        world.run()
-    assert world.cached_tokens["b"] == world.pool.num_cached == 0
-
-
 @pytest.mark.parametrize("steps", range(8))
 def test_abort_frees_pages_and_row_at_once(steps: int) -> None:
     world = World(step_tokens=8)
@@ -235,49 +144,6 @@ def test_every_request_ends_when_the_pool_holds_only_one() -> None:
     assert len(world.reasons) == 6
 
 
-@pytest.mark.parametrize(
-    ("fields", "params", "error", "message"),
-    [
-        ({"prompt_ids": []}, {}, BadPrompt, "at least one token, got none"),
-        ({"prompt_ids": [3, -1]}, {}, BadPrompt, r"token ids must be in \[0, 50\), the prompt has -1..3"),
-        ({"prompt_ids": [50]}, {}, BadPrompt, r"token ids must be in \[0, 50\), the prompt has 50..50"),
-        (
-            {"prompt_ids": [3] * 48},
-            {},
-            PromptTooLong,
-            "^This model's maximum context length is 48 tokens.*48 tokens",
-        ),
-        (
-            {"prompt_ids": [3] * 40},
-            {"max_tokens": 9},
-            PromptTooLong,
-            "has 40 tokens and 9 of output are wanted",
-        ),
-        (
-            {},
-            {"logit_bias": {50: 1.0}},
-            BadSampling,
-            r"logit_bias must name token ids in \[0, 50\), got 50..50",
-        ),
-        ({}, {"stop_token_ids": (-1,)}, BadSampling, r"stop_token_ids must name token ids in \[0, 50\)"),
-        ({}, {"min_tokens": 46}, BadSampling, "min_tokens must be at most the 45 tokens"),
-    ],
-    ids=str,
-)
-def test_bad_requests_are_refused_and_nothing_is_kept(
-    fields: dict[str, object], params: dict[str, object], error: type[RequestError], message: str
-) -> None:
-    world = World()
-    with pytest.raises(error, match=message):
-        world.scheduler.add(
-            GenerateRequest(
-                **{"request_id": "a", "prompt_ids": [3, 4, 5], "params": SamplingParams(**params), **fields}
-            )
-        )
-    assert not world.scheduler.has_work
-    world.scheduler.check()
-
-
 def test_a_running_id_is_refused() -> None:
     world = World()
     world.add(request("a", [3, 4]))
@@ -285,10 +151,192 @@ def test_a_running_id_is_refused() -> None:
         world.scheduler.add(request("a", [5]))
 
 
-def test_planning_a_decode_step_of_256_requests_is_fast() -> None:
+def test_an_abort_in_flight_drops_that_token_and_no_other() -> None:
+    world = World()
+    for name in "abc":
+        world.add(request(name, prompt_of(5, seed=ord(name)), max_tokens=6, ignore_eos=True))
+    world.step()
+    world.step(in_flight=lambda: world.scheduler.abort("b"))
+    world.scheduler.check()
+    assert [len(world.outputs[name]) for name in "abc"] == [2, 1, 2]
+    world.run()
+    for name in "ac":
+        assert world.outputs[name] == expected_output(prompt_of(5, seed=ord(name)), 6, ignore_eos=True)
+
+
+def test_an_abort_of_a_chunk_in_flight_leaves_nothing_behind() -> None:
+    world = World(step_tokens=8)
+    world.add(request("a", prompt_of(30)))
+    world.step()
+    world.step(in_flight=lambda: world.scheduler.abort("a"))
+    world.scheduler.check()
+    assert not world.scheduler.has_work
+    assert world.pool.num_used == 0
+    assert not world.rows.num_computed.any()
+
+
+def test_an_id_may_be_used_again_while_its_abort_is_in_flight() -> None:
+    world = World()
+    world.add(request("a", prompt_of(5)))
+
+    def replace() -> None:
+        world.scheduler.abort("a")
+        world.add(request("a", prompt_of(6, seed=1)))
+
+    world.step(in_flight=replace)
+    assert world.outputs["a"] == []
+    world.run()
+    assert world.outputs["a"] == expected_output(prompt_of(6, seed=1), 4)
+
+
+def test_the_oldest_advances_even_if_decodes_leave_one_token() -> None:
+    world = World(max_seqs=4, step_tokens=4, num_pages=400, max_model_len=400, windows=(None,))
+    for i in range(3):
+        world.add(request(f"decode{i}", prompt_of(2, seed=i), max_tokens=380, ignore_eos=True))
+    for _ in range(10):
+        world.step()
+    world.add(request("old", prompt_of(20, seed=9), max_tokens=1))
+    for i in range(20):
+        world.add(request(f"short{i}", prompt_of(3, seed=100 + i), max_tokens=1))
+        world.step()
+    assert world.outputs["old"]
+
+
+def test_times_are_those_of_the_first_admission_and_token() -> None:
+    world = World(num_pages=16, max_seqs=2, windows=(None,), max_model_len=40)
+    started_s = time.monotonic()
+    for name in "ab":
+        world.add(request(name, prompt_of(9, seed=ord(name)), max_tokens=30, ignore_eos=True))
+    outputs = []
+    while world.scheduler.has_work:
+        plan = world.scheduler.schedule()
+        assert plan is not None
+        outputs += world.scheduler.update(plan, np.full(int(plan.samples.sum()), 7, np.int32))
+    assert world.scheduler.stats().preemptions > 0
+    for name in "ab":
+        times = {(o.scheduled_s, o.first_token_s) for o in outputs if o.request_id == name}
+        ((scheduled_s, first_token_s),) = times
+        assert started_s <= scheduled_s <= first_token_s <= time.monotonic()
+
+
+def test_the_best_ranked_is_never_preempted() -> None:
+    world = World(num_pages=20, max_seqs=4, windows=(None, 6), max_model_len=40)
+    names = [f"{i}" for i in range(6)]
+    for i, name in enumerate(names):
+        world.add(request(name, prompt_of(10, seed=i), max_tokens=30, ignore_eos=True))
+    while world.scheduler.has_work:
+        best = next(name for name in names if name not in world.reasons)
+        was_running = world.scheduler._requests[best].row is not None  # it may recover from worse days
+        world.step()
+        assert not was_running or best in world.reasons or world.scheduler._requests[best].row is not None
+    assert world.scheduler.stats().preemptions >= 3
+
+
+def test_a_chunk_is_never_longer_than_the_limit() -> None:
+    world = World(
+        step_tokens=8192,
+        max_model_len=6000,
+        num_pages=1000,
+        page_tokens=16,
+        windows=(None, 32),
+        caching=False,
+    )
+    world.scheduler.add(request("a", prompt_of(5000)))
+    lens = []
+    for num_sampled in (0, 0, 1):
+        plan = world.scheduler.schedule()
+        assert plan is not None
+        lens.append(plan.num_tokens)
+        world.scheduler.update(plan, np.full(num_sampled, 7, np.int32))
+    assert lens == [MAX_CHUNK_TOKENS, MAX_CHUNK_TOKENS, 5000 - 2 * MAX_CHUNK_TOKENS]
+
+
+def test_a_long_prompt_gets_no_tiny_chunks() -> None:
+    world = World(step_tokens=64, max_seqs=16, max_model_len=400, num_pages=2000, windows=(None,))
+    for i in range(6):
+        world.add(request(f"{i}", prompt_of(141 + 7 * i, seed=i), max_tokens=1))
+    world.run()
+    unfinished = np.concatenate([plan.lens[~plan.samples] for plan in world.plans])
+    assert len(unfinished) > 10
+    assert unfinished.min() >= 32
+
+
+def test_a_prompt_as_long_as_the_pool_is_admitted_when_it_is_alone() -> None:
+    world = World(num_pages=120, max_seqs=2, step_tokens=200, windows=(None,), max_model_len=480)
+    world.add(request("a", prompt_of(479), max_tokens=1))
+    world.run()
+    assert world.outputs["a"] == expected_output(prompt_of(479), 1)
+
+
+def test_pages_that_a_running_prefill_will_need_are_not_given_away() -> None:
+    world = World(num_pages=24, max_seqs=2, step_tokens=8, windows=(None,), max_model_len=80)
+    world.add(request("a", prompt_of(60), max_tokens=2))  # 15 pages, one or two of them in each step
+    world.add(request("b", prompt_of(40, seed=1), max_tokens=2))  # 10 pages: there are 24
+    world.step()
+    assert world.scheduler.stats().running == 1
+    world.run()
+    assert world.scheduler.stats().preemptions == 0
+
+
+def test_pages_that_a_step_has_taken_are_not_counted_twice() -> None:
+    world = World(num_pages=21, max_seqs=2, step_tokens=100, windows=(None,), max_model_len=80)
+    world.add(request("a", prompt_of(60), max_tokens=2))  # 15 pages
+    world.add(request("b", prompt_of(20, seed=1), max_tokens=2))  # 5 pages
+    world.step()
+    assert world.scheduler.stats().running == 2
+
+
+def test_no_request_is_admitted_in_a_step_that_preempts_it() -> None:
+    world = World(num_pages=40, max_seqs=5, step_tokens=16, windows=(None,), max_model_len=64)
+    for i in range(5):
+        world.add(request(f"{i}", prompt_of(13 + i, seed=i), max_tokens=45, ignore_eos=True))
+    world.run()
+    assert world.scheduler.stats().preemptions > 0  # the world looks at each step
+
+
+def test_every_request_gets_its_first_token_within_bounded_steps() -> None:
+    world = World(step_tokens=32, max_seqs=32, max_model_len=200, num_pages=4000, caching=False)
+    lengths = [150, 5, 90, 1, 33, 64, 12, 7, 140, 3, 28, 31, 32, 100]
+    for i, length in enumerate(lengths):
+        world.add(request(f"{i}", prompt_of(length, seed=i), max_tokens=1))
+    steps = first_token_steps(world)
+    assert max(steps.values()) <= -(-sum(lengths) // 32) + 4
+    assert all(steps[f"{i}"] <= 3 for i, length in enumerate(lengths) if length <= 7)
+    assert steps["0"] <= -(-150 // 16) + 1, "the oldest has half of the budget at least"
+
+
+def test_a_request_that_waits_for_pages_is_not_overtaken_for_ever() -> None:
+    world = World(num_pages=24, max_seqs=4, step_tokens=16, windows=(None,), max_model_len=80)
+    for i in range(3):
+        world.add(request(f"small{i}", prompt_of(12, seed=i), max_tokens=8, ignore_eos=True))
+    world.step()
+    world.add(request("large", prompt_of(70, seed=50), max_tokens=2, ignore_eos=True))
+    for i in range(3, 80):
+        world.add(request(f"small{i}", prompt_of(12, seed=i), max_tokens=8, ignore_eos=True))
+        world.step()
+        if world.outputs["large"]:
+            break
+    assert i < 30
+
+
+def test_stats_count_what_waits_and_runs() -> None:
+    world = World(max_seqs=2, step_tokens=8)
+    assert world.scheduler.stats().kv_usage == 0
+    for i in range(3):
+        world.add(request(f"{i}", prompt_of(20, seed=i)))
+    assert (world.scheduler.stats().waiting, world.scheduler.stats().queued_tokens) == (3, 60)
+    world.step()
+    stats = world.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.queued_tokens) == (1, 2, 52)
+    assert (stats.pages_total, stats.pages_used) == (40, 4)
+    assert stats.kv_usage == 0.1
+
+
+@pytest.mark.parametrize("num_waiting", [0, 1000])
+def test_a_decode_step_of_256_requests_is_fast(num_waiting: int) -> None:
     world = World(max_seqs=256, step_tokens=512, max_model_len=512, num_pages=40_000, page_tokens=16)
-    for i in range(256):
-        world.add(request(f"{i}", prompt_of(8 + i % 16, seed=i), max_tokens=400, ignore_eos=True))
+    for i in range(256 + num_waiting):
+        world.scheduler.add(request(f"{i}", prompt_of(8 + i % 16, seed=i), max_tokens=400, ignore_eos=True))
     tokens = np.full(256, 7, np.int32)
     spent = []
     for _ in range(200):
@@ -297,5 +345,6 @@ def test_planning_a_decode_step_of_256_requests_is_fast() -> None:
         assert plan is not None
         world.scheduler.update(plan, tokens[: plan.samples.sum()])
         spent.append(time.thread_time() - started_s)
+    assert plan.num_decodes == 256
     decode_ms = sorted(spent[50:])[len(spent[50:]) // 2] * 1e3
-    assert decode_ms < 5, f"{decode_ms:.2f} ms"  # about 0.6 here; the benchmark has the target
+    assert decode_ms < 2, f"{decode_ms:.2f} ms"  # 0.4 on two quiet cores; the benchmark has the target

@@ -1,5 +1,9 @@
 """Random walks over scheduler and pages, `check()` after each step, outputs against the naive model."""
 
+import random
+from collections import Counter
+from typing import ClassVar
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -7,77 +11,102 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from paged_world import World, expected_output, request
 
 SHARED = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16]  # prompts overlap, so that prefixes are shared
+MAX_MODEL_LEN = 32
+MAX_OPEN = 10
+LAYOUTS = [(None,), (None, 6), (5, None, 5), (1, None), (3, 9), (4, 4, None)]
+
+
+def pages_for_one(windows: tuple[int | None, ...], page_tokens: int, step_tokens: int) -> int:
+    """The smallest pool that is allowed: one sequence of full length."""
+    full = -(-MAX_MODEL_LEN // page_tokens)
+    return sum(
+        full if w is None else min(full, -(-(w - 1 + step_tokens) // page_tokens) + 1) for w in windows
+    )
 
 
 class Machine(RuleBasedStateMachine):
-    """Adds, aborts, publishes and steps in any order."""
+    """Adds, aborts, publishes and steps in any order, in a pool that holds little more than one sequence."""
 
     digest_bytes = 16
+    seen: ClassVar[Counter[str]] = Counter()  # what the walks have been through, over all examples
 
     @initialize(
-        windows=st.sampled_from([(None,), (None, 6), (5, None, 5), (1, None), (3, 9), (4, 4, None)]),
+        windows=st.sampled_from(LAYOUTS),
         page_tokens=st.sampled_from([1, 2, 4]),
-        spare=st.integers(0, 20),
-        max_seqs=st.integers(1, 4),
-        step_tokens=st.integers(4, 24),
-        caching=st.booleans(),
+        spare=st.sampled_from([0, 0, 1, 3, 8, 20]),
+        max_seqs=st.integers(1, 5),
+        step_tokens=st.integers(5, 24),
+        caching=st.sampled_from([True, True, True, False]),
     )
     def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching) -> None:
-        need = sum(
-            -(-32 // page_tokens)
-            if w is None
-            else min(-(-32 // page_tokens), -(-(w - 1 + step_tokens) // page_tokens) + 1)
-            for w in windows
-        )
         self.world = World(
-            num_pages=need + spare,
+            num_pages=pages_for_one(windows, page_tokens, step_tokens) + spare,
             page_tokens=page_tokens,
             windows=windows,
             max_seqs=max_seqs,
             step_tokens=step_tokens,
-            max_model_len=32,
+            max_model_len=MAX_MODEL_LEN,
             digest_bytes=self.digest_bytes,
             caching=caching,
         )
-        self.requests: dict[str, tuple[list[int], int]] = {}
+        self.requests: dict[str, tuple[list[int], int, bool]] = {}
         self.aborted: set[str] = set()
 
+    def open_requests(self) -> list[str]:
+        return [n for n in self.requests if n not in self.world.reasons and n not in self.aborted]
+
     @rule(
+        copies=st.integers(1, 4),
         shared=st.integers(0, len(SHARED)),
         own=st.lists(st.integers(2, 5), max_size=8),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.sampled_from([1, 2, 5, 14, 14, 14]),
         priority=st.integers(0, 2),
-        salt=st.sampled_from([None, "x"]),
-        is_private=st.booleans(),
+        salt=st.sampled_from([None, None, "x"]),
+        is_private=st.sampled_from([False, False, True]),
+        ignore_eos=st.booleans(),
     )
-    def add(self, shared, own, max_tokens, priority, salt, is_private) -> None:
-        if len(self.requests) - len(self.aborted) - len(self.world.reasons) >= 8:
-            return
+    def add(self, copies, shared, own, max_tokens, priority, salt, is_private, ignore_eos) -> None:
         prompt = [*SHARED[:shared], *own] or [2]
-        name = f"{len(self.requests)}"
-        self.requests[name] = (prompt, max_tokens)
-        self.world.add(
-            request(name, prompt, max_tokens, priority=priority, cache_salt=salt, is_private=is_private)
-        )
+        for _ in range(min(copies, MAX_OPEN - len(self.open_requests()))):
+            name = f"{len(self.requests)}"
+            self.requests[name] = (prompt, max_tokens, ignore_eos)
+            self.world.add(
+                request(
+                    name, prompt, max_tokens, priority=priority, cache_salt=salt, is_private=is_private,
+                    ignore_eos=ignore_eos,
+                )
+            )  # fmt: skip
 
-    @rule(data=st.data())
-    def abort(self, data) -> None:
-        open_ones = [n for n in self.requests if n not in self.world.reasons and n not in self.aborted]
-        if open_ones:
-            name = data.draw(st.sampled_from(open_ones))
+    @rule(data=st.data(), is_in_flight=st.booleans())
+    def abort(self, data, is_in_flight) -> None:
+        if not self.open_requests():
+            return
+        name = data.draw(st.sampled_from(self.open_requests()))
+        self.aborted.add(name)
+        if is_in_flight:
+            plan = self.world.step(in_flight=lambda: self.world.scheduler.abort(name))
+            self.seen["steps"] += 1
+            self.seen["aborts in flight"] += plan is not None
+        else:
             self.world.scheduler.abort(name)
-            self.aborted.add(name)
 
-    @rule(data=st.data())
-    def publish(self, data) -> None:
-        if self.requests:
-            self.world.scheduler.publish(data.draw(st.sampled_from(list(self.requests))))
+    @rule(data=st.data(), is_in_flight=st.booleans())
+    def publish(self, data, is_in_flight) -> None:
+        if not self.requests:
+            return
+        name = data.draw(st.sampled_from(list(self.requests)))
+        if is_in_flight:
+            self.world.step(in_flight=lambda: self.world.scheduler.publish(name))
+            self.seen["steps"] += 1
+        else:
+            self.world.scheduler.publish(name)
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps) -> None:
         for _ in range(steps):
             if self.world.step() is None:
                 return
+            self.seen["steps"] += 1
             self.world.scheduler.check()
 
     @invariant()
@@ -88,52 +117,81 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
-        self.world.run()
-        assert self.world.pool.num_used == 0, "pages leaked"
-        for name, (prompt, max_tokens) in self.requests.items():
-            expected = expected_output(prompt, max_tokens)
-            if name in self.aborted:
-                assert self.world.outputs[name] == expected[: len(self.world.outputs[name])]
-            else:
-                assert self.world.outputs[name] == expected
+        self.seen["steps"] += self.world.run()
+        stats = self.world.scheduler.stats()
+        assert stats.pages_used == stats.running == stats.waiting == stats.queued_tokens == 0, (
+            "something leaked"
+        )
+        started = [prompt for name, (prompt, _, _) in self.requests.items() if self.world.outputs[name]]
+        assert stats.prompt_tokens == sum(map(len, started)), "each prompt counts once, preempted or not"
+        for name, (prompt, max_tokens, ignore_eos) in self.requests.items():
+            expected = expected_output(prompt, max_tokens, ignore_eos=ignore_eos)
+            got = self.world.outputs[name]
+            assert got == (expected[: len(got)] if name in self.aborted else expected)
+        self.seen["preemptions"] += stats.preemptions
+        self.seen["hits"] += stats.prefix_hits > 0
 
 
 class CollidingMachine(Machine):
     """One-byte hashes: wrong hits happen, but books, writes and endings must stay right."""
 
     digest_bytes = 1
+    seen: ClassVar[Counter[str]] = Counter()
+
+
+def walk(machine: type[Machine], examples: int, length: int) -> Counter[str]:
+    machine.seen.clear()
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=length,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    return machine.seen
 
 
 @pytest.mark.parametrize("machine", [Machine, CollidingMachine])
 def test_random_walks(machine: type[Machine]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    walk(machine, examples=100, length=40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [Machine, CollidingMachine])
 def test_ten_thousand_steps_of_random_walks(machine: type[Machine]) -> None:
-    steps = 0
-    original = World.step
+    seen = walk(machine, examples=800, length=60)
+    assert seen["steps"] > 10_000
+    assert min(seen["preemptions"], seen["hits"], seen["aborts in flight"]) > 100, seen
 
-    def counted(world: World) -> object:
-        nonlocal steps
-        steps += 1
-        return original(world)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "step", counted)
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=500,
-                stateful_step_count=50,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    assert steps > 10_000
+@pytest.mark.parametrize("windows", LAYOUTS)
+@pytest.mark.parametrize("digest_bytes", [16, 1])
+def test_a_thousand_steps_under_steady_load(windows: tuple[int | None, ...], digest_bytes: int) -> None:
+    """Long runs in one world: the pool is always full, so pages are reused often."""
+    rng = random.Random(f"{windows}")
+    world = World(
+        num_pages=pages_for_one(windows, 2, 12) + (6 if None in windows else 0),
+        page_tokens=2,
+        windows=windows,
+        max_seqs=6,
+        step_tokens=12,
+        max_model_len=MAX_MODEL_LEN,
+        digest_bytes=digest_bytes,
+    )
+    prompts: dict[str, list[int]] = {}
+    for step in range(1000):
+        if len(prompts) - len(world.reasons) < 9:
+            shared = rng.choice((SHARED, SHARED[::-1], SHARED[2:]))[: rng.randrange(1, 11)]
+            prompts[f"{step}"] = [*shared, *(rng.randrange(2, 6) for _ in range(rng.randrange(5)))]
+            world.add(request(f"{step}", prompts[f"{step}"], 16, priority=rng.randrange(2), ignore_eos=True))
+        world.step()
+        world.scheduler.check()
+    stats = world.scheduler.stats()
+    assert stats.preemptions > 20
+    assert stats.prefix_hits > 50
+    world.run()
+    for name, prompt in prompts.items():
+        assert world.outputs[name] == expected_output(prompt, 16, ignore_eos=True)

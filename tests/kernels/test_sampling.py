@@ -63,6 +63,21 @@ def test_the_hash_is_uniform_along_each_coordinate(varied: str) -> None:
     assert abs(np.corrcoef(h[:-1], h[1:])[0, 1]) < 4 / math.sqrt(n)
 
 
+@pytest.mark.parametrize("neighbour", [{"seed": 4}, {"position": 6}, {"seed": 4, "position": 4}], ids=str)
+def test_draws_of_neighbouring_seeds_and_positions_are_independent(neighbour: dict[str, int]) -> None:
+    at, ids = {"seed": 3, "position": 5}, torch.arange(65536)
+    mine, theirs = hash32(**at, token_ids=ids), hash32(**(at | neighbour), token_ids=ids)
+    for shift in (28, 0):
+        pairs = ((mine >> shift) & 15) * 16 + ((theirs >> shift) & 15)
+        assert stats.chisquare(torch.bincount(pairs, minlength=256).numpy()).pvalue > ALPHA
+
+
+def test_noise_is_its_formula() -> None:
+    ids = torch.arange(5000)
+    v = (hash32(8, 9, ids).double() + 0.5) * 2.0**-32
+    torch.testing.assert_close(gumbel(8, 9, ids), (-(-torch.log1p(-v)).log()).float(), rtol=1e-5, atol=1e-6)
+
+
 def test_noise_is_gumbel() -> None:
     g = gumbel(1, 2, torch.arange(200_000)).double().numpy()
     assert stats.kstest(g, "gumbel_r").pvalue > ALPHA
@@ -85,6 +100,15 @@ def test_pruning_never_changes_the_winner(spread: float) -> None:
     scaled = noise(5000) * spread
     for position in range(200):
         plain = int((scaled + gumbel(9, position, torch.arange(5000))).argmax())
+        assert gumbel_argmax(scaled, 9, position) == plain
+
+
+@pytest.mark.parametrize("height", [1e3, 1e6, 3e7, 3e8])
+def test_pruning_never_changes_the_winner_where_fp32_is_coarse(height: float) -> None:
+    ids = torch.arange(2000)
+    scaled = height + torch.rand(2000, generator=torch.Generator().manual_seed(1)) * max(60, height * 2e-7)
+    for position in range(100):
+        plain = int((scaled + gumbel(9, position, ids)).argmax())  # with many ties: the lowest id
         assert gumbel_argmax(scaled, 9, position) == plain
 
 
@@ -129,6 +153,22 @@ def test_survivors_are_numpys(top_k: int, top_p: float, min_p: float) -> None:
         assert ours == numpy_survivors(scaled.numpy(), top_k, top_p, min_p)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.5, 3.0])
+@pytest.mark.parametrize("top_k", [0, 9000])
+def test_a_nucleus_too_large_to_sort_is_numpys(spread: float, top_k: int) -> None:
+    scaled = noise(20_000) * spread
+    scaled[: len(scaled) // 2] = scaled[: len(scaled) // 2].round(decimals=4)  # ties
+    scaled[::11] = -torch.inf
+    for top_p in (0.5, 0.9, 0.999):
+        threshold = truncation_threshold(scaled, top_k=top_k, top_p=top_p, min_p=0)
+        ours = set((scaled >= threshold).nonzero().view(-1).tolist())
+        assert ours == numpy_survivors(scaled.numpy(), top_k, top_p, 0)
+
+
+def test_equal_tokens_are_one_nucleus() -> None:
+    assert truncation_threshold(torch.full((9000,), 2.0), top_k=0, top_p=0.5, min_p=0) == 2
+
+
 def test_a_flat_distribution_needs_a_large_nucleus() -> None:
     scaled = noise(5000) * 1e-3
     threshold = truncation_threshold(scaled, top_k=0, top_p=0.9, min_p=0)
@@ -140,3 +180,15 @@ def test_penalties_by_hand() -> None:
     seen, output, counts = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([1, 3])
     penalize_(logits, seen, output, counts, repetition=2.0, presence=0.5, frequency=0.25)
     assert logits.tolist() == [2.0, -8.0 - 0.75, 1.0 - 1.25, 2.0]
+
+
+def test_a_token_that_is_seen_twice_is_penalized_once() -> None:
+    logits, none = torch.tensor([4.0, -4.0]), torch.tensor([], dtype=torch.int64)
+    penalize_(logits, torch.tensor([0, 1, 0, 0]), none, none, repetition=2.0, presence=0, frequency=0)
+    assert logits.tolist() == [2.0, -8.0]
+
+
+def test_a_penalty_never_leaves_fp32() -> None:
+    logits, none = torch.tensor([4.0, -4.0]), torch.tensor([], dtype=torch.int64)
+    penalize_(logits, torch.tensor([0]), none, none, repetition=1e-45, presence=0, frequency=0)
+    assert (logits / 1e-5).isfinite().all()

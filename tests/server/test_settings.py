@@ -1,0 +1,125 @@
+"""Flag over variable over file over default; what is not an option is named."""
+
+from pathlib import Path
+
+import pytest
+
+from cabochon.engine.config import EngineConfig
+from cabochon.engine.errors import ConfigError
+from cabochon.server.config import ServerConfig
+from cabochon.server.settings import Settings, load_settings, option_help
+
+
+def test_defaults_are_those_of_the_configs() -> None:
+    assert load_settings([]) == Settings(ServerConfig(), EngineConfig())
+
+
+def test_a_flag_beats_a_variable_beats_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_seqs: 1\nstep_tokens: 101\nport: 1001\n")
+    monkeypatch.setenv("CABOCHON_MAX_SEQS", "2")
+    monkeypatch.setenv("CABOCHON_STEP_TOKENS", "102")
+    settings = load_settings(["--max-seqs", "3", "--config", str(file)])
+    assert settings.engine.max_seqs == 3
+    assert settings.engine.step_tokens == 102
+    assert settings.server.port == 1001
+    assert load_settings([f"--config={file}"]).engine.max_seqs == 2
+
+
+def test_values_take_the_types_of_their_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CABOCHON_PREFIX_CACHING", "false")
+    monkeypatch.setenv("CABOCHON_THREADS", "")
+    monkeypatch.setenv("CABOCHON_SERVED_MODEL_NAME", "a,b")
+    settings = load_settings(["--kv-cache-gib=0.5", "--max-model-len", "100"])
+    assert settings.engine.prefix_caching is False
+    assert settings.engine.threads is None
+    assert settings.engine.kv_cache_gib == 0.5
+    assert settings.engine.max_model_len == 100
+    assert settings.server.served_model_name == ("a", "b")
+
+
+def test_switches_have_two_flags() -> None:
+    assert load_settings(["--no-prefix-caching"]).engine.prefix_caching is False
+    assert load_settings(["--prefix-caching"]).engine.prefix_caching is True
+
+
+def test_a_list_is_a_repeated_flag_or_commas(tmp_path: Path) -> None:
+    given = load_settings(["--served-model-name", "a,b", "--served-model-name", "c"])
+    assert given.server.served_model_name == ("a", "b", "c")
+    file = tmp_path / "config.yaml"
+    file.write_text("served_model_name: [a, b]\n")
+    assert load_settings(["--config", str(file)]).server.served_model_name == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--max-seq", "8"], "--max-seq is not an option: did you mean --max-seqs"),
+        (["--zzz"], "--zzz is not an option: `cabochon --help` lists them"),
+        (["-p", "8"], "-p is not an option"),
+        (["--max-seqs"], "expected one argument"),
+        (["--max-seqs", "many"], "max_seqs: Input should be a valid integer.* got many"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--device", "tpu"], "device: Input should be 'auto'"),
+        (["--port", "99999"], r"port must be in \[0, 65535\], got 99999"),
+        (["--page-tokens", "24"], "page_tokens must be a power of two, got 24"),
+        (["--kv-cache-gib", "nan"], "kv_cache_gib must be a positive number"),
+        (["--config"], "--config must be followed by a file"),
+        (["--config", "/nonexistent.yaml"], "/nonexistent.yaml cannot be read"),
+    ],
+)
+def test_wrong_flags_are_named(args: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(args)
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CABOCHON_MAX_SEQ", "8")
+    with pytest.raises(
+        ConfigError, match="CABOCHON_MAX_SEQ is not an option: did you mean CABOCHON_MAX_SEQS"
+    ):
+        load_settings([])
+
+
+def test_the_switch_of_the_tests_is_no_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CABOCHON_TEST_ALL", "1")
+    load_settings([])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_seq: 8", "max_seq in .* is not an option: did you mean max_seqs"),
+        ("- a", "must hold `option: value` lines, it holds a list"),
+        ("a: [", "cannot be read"),
+        ("max_seqs: [1]", "max_seqs: Input should be a valid integer"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": -1}, "port must be in"),
+        ({"max_body_bytes": 0}, "max_body_bytes must be positive"),
+        ({"max_queued_requests": 0}, "max_queued_requests must be positive"),
+        ({"max_queue_wait_s": float("nan")}, "max_queue_wait_s must be positive"),
+        ({"step_timeout_s": 0}, "step_timeout_s must be positive"),
+        ({"lame_duck_s": -1}, "lame_duck_s must be 0 or more"),
+        ({"drain_timeout_s": float("nan")}, "drain_timeout_s must be 0 or more"),
+    ],
+)
+def test_a_server_config_checks_its_ranges(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig(**options)
+
+
+def test_help_lists_every_option() -> None:
+    text = option_help()
+    for name in ("--max-seqs", "--served-model-name", "--drain-timeout-s"):
+        assert name in text
