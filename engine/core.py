@@ -3,24 +3,35 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from torch import Tensor
 
-from cabochon.engine.errors import ComputeError
+from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError
+from cabochon.engine.grammar import Grammars, Matcher
 from cabochon.engine.kv_cache import KVCache
-from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput
+from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput, TokenLogprobs
+from cabochon.engine.plan import Plan, StepResult
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import Runner
 from cabochon.engine.scheduler import Scheduler
 
+Logprobs = list[TokenLogprobs] | None
+
+COMPILE_LIMIT_S = 10.0  # fuel bounds it to less; the first one waits for the tokenizer as well
+WAIT_S = 0.002  # between looks at a grammar when there is nothing else to do
 RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
 
 
 class EngineCore:
     """Requests in with `add`, tokens out of `step`. Single-threaded; consistent between steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, rows: Rows, cache: KVCache) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, rows: Rows, cache: KVCache, grammars: Grammars
+    ) -> None:
         self.scheduler = scheduler
+        self._grammars = grammars
+        self._compiling: dict[str, tuple[GenerateRequest, Future[Matcher], float]] = {}  # until when, too
         self._cache = cache
         self._runner = runner
         self._rows = rows
@@ -30,14 +41,24 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._compiling)
 
     def add(self, request: GenerateRequest) -> None:
-        """Accept a request. Raises RequestError, and then nothing has changed."""
-        self.scheduler.add(request)
+        """Accept a request. Raises RequestError, and then nothing has changed.
+
+        A grammar is compiled aside, and refused by a later step if it must be.
+        """
+        grammar = request.params.grammar
+        if grammar is None:
+            self.scheduler.add(request)
+        else:
+            self.scheduler.check_new(request)
+            deadline_s = time.monotonic() + COMPILE_LIMIT_S
+            self._compiling[request.request_id] = (request, self._grammars.compile(grammar), deadline_s)
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages at once. Unknown ids are ignored."""
+        self._compiling.pop(request_id, None)
         self.scheduler.abort(request_id)
 
     def publish(self, request_id: str) -> None:
@@ -46,19 +67,29 @@ class EngineCore:
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
         """One step: new tokens of every request in it, and the requests it had to give up."""
+        refusals = self._add_compiled()
         started_s = time.monotonic()
         plan = self.scheduler.schedule()
         if plan is None:
-            return [], []
+            if self.has_work and not refusals:
+                time.sleep(WAIT_S)  # for a grammar, in another thread
+            return [], refusals
         for request in self.scheduler.take_admitted():
             self._runner.sampler.set_row(request)
-        sampled = self._runner.run(plan, self._rows)
-        failed = [self.scheduler.request_id(row) for row in plan.rows[plan.samples][~sampled.is_finite]]
-        outputs = self.scheduler.update(plan, sampled.token_ids)
+        result = self._runner.run(plan, self._rows)
+        failed = self._failures(plan, result)
+        self._follow_grammars(result)
+        logprobs = self._logprobs(plan, result)
+        outputs = self.scheduler.update(plan, result.token_ids)
+        for output in outputs if logprobs else ():
+            output.logprobs, output.prompt_logprobs = logprobs.get(output.request_id, (None, None))
         self._steps += 1
         self._step_tokens = plan.num_tokens
         self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
-        return self._give_up(outputs, failed)
+        for refusal in failed:
+            self.abort(refusal.request_id)
+        gone = {refusal.request_id for refusal in failed}
+        return [output for output in outputs if output.request_id not in gone], refusals + failed
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
@@ -79,21 +110,58 @@ class EngineCore:
             prefill_tokens_per_s=self._prefill_tokens_per_s,
         )
 
-    def _give_up(
-        self, outputs: list[RequestOutput], failed: list[str]
-    ) -> tuple[list[RequestOutput], list[Refusal]]:
-        """A request whose logits are NaN ends with an error; the others never notice."""
-        for request_id in failed:
-            self.abort(request_id)
-        refusals = [
-            Refusal(
-                request_id=request_id,
-                error=ComputeError.__name__,
-                message="logits must be finite, the model gave NaN: check it with `cabochon verify`",
-            )
-            for request_id in failed
+    def _logprobs(self, plan: Plan, result: StepResult) -> dict[str, tuple[Logprobs, Logprobs]]:
+        """By request id: of the new token, and of the prompt if that token is the first."""
+        prompts: dict[str, Logprobs] = {}
+        for row, (start, found) in result.prompt_logprobs.items():
+            request = self.scheduler.request(row)
+            request.prompt_logprobs += found[len(request.prompt_logprobs) - start :]  # the rest is known
+            if request.num_output == 0 and row in plan.rows[plan.samples]:
+                prompts[request.request_id] = request.prompt_logprobs
+        tokens: dict[str, Logprobs] = {
+            self.scheduler.request(row).request_id: [one] for row, one in result.logprobs.items()
+        }
+        return {name: (tokens.get(name), prompts.get(name)) for name in {**tokens, **prompts}}
+
+    def _add_compiled(self) -> list[Refusal]:
+        """Requests whose grammar is ready join the queue; those whose grammar is no good are refused."""
+        refusals = []
+        for request_id, (request, future, deadline_s) in list(self._compiling.items()):
+            is_over = time.monotonic() > deadline_s
+            if not future.done() and not is_over:
+                continue
+            del self._compiling[request_id]
+            try:
+                if not future.done():
+                    raise BadGrammar(f"a grammar must compile within {COMPILE_LIMIT_S:g} s: simplify it")
+                matcher = future.result()
+                added = self.scheduler.add(request, matcher)
+                added.mask = self._grammars.next_mask(matcher)
+            except RequestError as error:
+                refusals.append(Refusal.of(request_id, error))
+        return refusals
+
+    def _follow_grammars(self, result: StepResult) -> None:
+        """Rows that got a token move on in their grammar, and their next masks are begun; late ones wait."""
+        for row in result.late:
+            self.scheduler.defer(row)
+        for row, token_id in result.bound.items():
+            request = self.scheduler.request(row)
+            assert request.matcher is not None
+            request.is_complete = request.matcher.advance(token_id)
+            request.mask = None if request.is_complete else self._grammars.next_mask(request.matcher)
+
+    def _failures(self, plan: Plan, result: StepResult) -> list[Refusal]:
+        """Requests without a next token end with an error; the others never notice."""
+        failed: list[tuple[int, EngineError]] = [
+            (row, ComputeError("logits must be finite, the model gave NaN: check it with `cabochon verify`"))
+            for row in plan.rows[plan.samples][~result.is_finite].tolist()
         ]
-        return [output for output in outputs if output.request_id not in failed], refusals
+        failed += [
+            (row, BadGrammar("the grammar must stay within its limits, it became too complex: simplify it"))
+            for row in result.stuck
+        ]
+        return [Refusal.of(self.scheduler.request(row).request_id, error) for row, error in failed]
 
     def _measure(self, prefill_tokens: int, decodes: int, step_s: float) -> None:
         """Prompt tokens per second, from steps that are mostly prefill: what a waiting request will see."""

@@ -4,7 +4,8 @@ EngineError
 ├── RequestError            the caller: 4xx, other requests never notice
 │   ├── PromptTooLong       prompt + max_tokens do not fit the context
 │   ├── BadPrompt           empty prompt, token ids outside the vocabulary
-│   └── BadSampling         a sampling parameter out of its range
+│   ├── BadSampling         a sampling parameter out of its range
+│   └── BadGrammar          a schema, regex or grammar that cannot be read, followed or met
 ├── ModelError              the operator: the model cannot be served, nothing starts
 │   ├── UnsupportedModel    not a Gemma 2 or Gemma 3 text checkpoint, or an unsafe dtype
 │   ├── BadCheckpoint       files missing, truncated, or not matching the configuration
@@ -40,6 +41,10 @@ class BadPrompt(RequestError):
 
 class BadSampling(RequestError):
     """A sampling parameter is out of its range."""
+
+
+class BadGrammar(RequestError):
+    """A schema, regular expression or grammar cannot be read, is too large to follow, or allows no text."""
 
 
 class ModelError(EngineError):

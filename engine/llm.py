@@ -16,7 +16,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.detokenizer import Detokenizer, TokenBytes
 from cabochon.engine.errors import ComputeError
 from cabochon.engine.load import load_engine
-from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput
+from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput, TokenLogprobs
 from cabochon.engine.models.source import locate
 from cabochon.engine.sampling_params import SamplingParams
 
@@ -30,6 +30,8 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt_ids[1:], if asked for
 
 
 class LLM:
@@ -86,6 +88,8 @@ class LLM:
     def _take(self, completion: Completion, detokenizer: Detokenizer, output: RequestOutput) -> bool:
         """Add an output. Returns whether the completion is finished."""
         completion.token_ids += output.token_ids
+        completion.logprobs += output.logprobs or ()
+        completion.prompt_logprobs += output.prompt_logprobs or ()
         completion.cached_tokens = output.cached_tokens
         shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
         completion.text += detokenizer.feed(shown)

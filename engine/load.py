@@ -11,6 +11,7 @@ import torch
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
+from cabochon.engine.grammar import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
@@ -46,7 +47,8 @@ def load_engine(
     max_model_len = _settle_max_model_len(config, model_config, layout, num_pages)
     model = _load_model(model_config, model_dir, dtype, max_model_len, on_progress)
     pages = KVPages(model_config, layout, num_pages, dtype, torch.device("cpu"))
-    core = _build_core(config, model, layout, pages, num_pages, max_model_len)
+    grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
+    core = _build_core(config, model, layout, pages, num_pages, max_model_len, grammars)
     info = EngineInfo(
         model=config.model,
         architecture=model_config.architecture,
@@ -122,7 +124,13 @@ def _load_model(
 
 
 def _build_core(
-    config: EngineConfig, model: Gemma, layout: KVLayout, pages: KVPages, num_pages: int, max_model_len: int
+    config: EngineConfig,
+    model: Gemma,
+    layout: KVLayout,
+    pages: KVPages,
+    num_pages: int,
+    max_model_len: int,
+    grammars: Grammars,
 ) -> EngineCore:
     rows = Rows(
         max_seqs=config.max_seqs,
@@ -141,4 +149,4 @@ def _build_core(
         vocab_size=model.config.vocab_size,
     )
     sampler = Sampler(model.config.vocab_size, model.config.final_softcap)
-    return EngineCore(scheduler, Runner(model, pages, sampler), rows, cache)
+    return EngineCore(scheduler, Runner(model, pages, sampler), rows, cache, grammars)

@@ -4,9 +4,10 @@ Times are time.monotonic() seconds, which on Linux all processes of a machine sh
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from cabochon.engine.config import EngineConfig
+from cabochon.engine.errors import EngineError
 from cabochon.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -26,6 +27,18 @@ class GenerateRequest:
     arrival_s: float = 0.0
 
 
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log probability of a token after the final softcap, before bias, penalties and temperature.
+
+    top_ids, top_logprobs: the likeliest tokens in descending order, as many as were asked for.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 @dataclass(slots=True, kw_only=True)  # not frozen: made for every token, and frozen ones take 1.0 µs, not 0.4
 class RequestOutput:
     """New tokens of one request. The last one has a finish_reason; its token_ids may be empty.
@@ -40,6 +53,8 @@ class RequestOutput:
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; the same in every output
     scheduled_s: float = 0.0  # when it was first scheduled
     first_token_s: float = 0.0  # when its first token was sampled
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the second prompt token on; with the first output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +174,16 @@ class Refusal:
     error: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, request_id: str, error: EngineError) -> Self:
+        """The error as a message."""
+        return cls(
+            request_id=request_id,
+            error=type(error).__name__,
+            message=str(error),
+            param=getattr(error, "param", None),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

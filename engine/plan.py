@@ -1,9 +1,12 @@
-"""What one step computes: chosen by the scheduler, run by the runner."""
+"""What one step computes, chosen by the scheduler and run by the runner, and what comes out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cabochon.engine.messages import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +29,28 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return int(self.lens.sum())
+
+
+class PromptLogprobs(NamedTuple):
+    """Of the prompt tokens at positions start + 1, start + 2, ..."""
+
+    start: int
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results of a plan, in the order of the rows that sample; log probabilities by row, where asked for.
+
+    token_ids: [R] int32, meaningless where is_finite: [R] bool is False, and for rows that are late (the mask
+    of their grammar is not there yet) or stuck (their grammar has no next token)
+    bound: the tokens of rows that a grammar binds
+    """
+
+    token_ids: NDArray[np.int32]
+    is_finite: NDArray[np.bool_]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    bound: dict[int, int] = field(default_factory=dict)
+    late: list[int] = field(default_factory=list)
+    stuck: list[int] = field(default_factory=list)

@@ -91,12 +91,7 @@ def _handle(core: EngineCore, message: Message) -> Refusal | None:
             try:
                 core.add(request)
             except RequestError as error:
-                return Refusal(
-                    request_id=request.request_id,
-                    error=type(error).__name__,
-                    message=str(error),
-                    param=error.param,
-                )
+                return Refusal.of(request.request_id, error)
         case Abort(request_id=request_id):
             core.abort(request_id)
         case Publish(request_id=request_id):

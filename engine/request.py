@@ -1,8 +1,13 @@
 """One request inside the engine: what was asked, and how far it is."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from cabochon.engine.messages import GenerateRequest
+import numpy as np
+from numpy.typing import NDArray
+
+from cabochon.engine.grammar import Matcher
+from cabochon.engine.messages import GenerateRequest, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -25,10 +30,19 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)  # root, then chain hashes of its full pages
     num_registered: int = 0  # pages that are named in the pool
     is_published: bool = True
+    matcher: Matcher | None = None  # if a grammar binds the output
+    mask: Future[NDArray[np.bool_]] | None = None  # [V], what the next token may be
+    is_complete: bool = False  # the grammar allows no more text
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its second token on
 
     @property
     def request_id(self) -> str:
         return self.message.request_id
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its next token cannot be chosen yet."""
+        return self.mask is not None and not self.mask.done()
 
     @property
     def rank(self) -> tuple[int, int]:

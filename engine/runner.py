@@ -3,6 +3,9 @@
 Knows nothing of requests, queues or who owns a page.
 """
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,11 +14,15 @@ from torch import Tensor
 from cabochon.engine.attention import TorchAttention
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.linear import ROW_MULTIPLE
+from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.models.gemma import Gemma
-from cabochon.engine.plan import Plan
+from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
 from cabochon.engine.rows import Rows
-from cabochon.engine.sampler import Sampled, Sampler
+from cabochon.engine.sampler import Sampler
 from cabochon.kernels.definitions import softcap_
+
+Value = TypeVar("Value")
 
 LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 
@@ -29,28 +36,25 @@ class Runner:
         self.sampler = sampler
 
     @torch.inference_mode()
-    def run(self, plan: Plan, rows: Rows) -> Sampled:
+    def run(self, plan: Plan, rows: Rows) -> StepResult:
         """Compute the plan. Returns one token per True of plan.samples, in order."""
+        hidden = self._hidden(plan, rows)  # [T', E]
+        prompts = self._prompt_logprobs(hidden, plan, rows)
         sampling = plan.rows[plan.samples]
-        hidden = self.sampling_hidden(plan, rows)
+        last = hidden.index_select(0, torch.from_numpy((np.cumsum(plan.lens) - 1)[plan.samples]))  # [R, E]
         parts = [
-            self._sample(hidden[start : start + LOGITS_ROWS], sampling[start : start + LOGITS_ROWS], rows)
+            self._sample(last[start : start + LOGITS_ROWS], sampling[start : start + LOGITS_ROWS], rows)
             for start in range(0, len(sampling), LOGITS_ROWS)
         ]
-        return Sampled(
+        return StepResult(
             np.concatenate([np.empty(0, np.int32), *(part.token_ids for part in parts)]),
             np.concatenate([np.empty(0, np.bool_), *(part.is_finite for part in parts)]),
+            _merged(part.logprobs for part in parts),
+            prompts,
+            _merged(part.bound for part in parts),
+            [row for part in parts for row in part.late],
+            [row for part in parts for row in part.stuck],
         )
-
-    def sampling_hidden(self, plan: Plan, rows: Rows) -> Tensor:
-        """[R, E], the hidden rows whose next token is sampled."""
-        inputs = self._attention.prepare(plan, rows)
-        positions = inputs.positions.numpy()
-        token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions].astype(np.int64)
-        padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
-        hidden = self._model.hidden(torch.from_numpy(padded), inputs, self._attention)  # [T', E]
-        last = (np.cumsum(plan.lens) - 1)[plan.samples]
-        return hidden.index_select(0, torch.from_numpy(last))
 
     @torch.inference_mode()
     def last_logits(self, row: int, rows: Rows) -> Tensor:
@@ -58,7 +62,8 @@ class Runner:
         length = rows.num_tokens[row : row + 1]
         one = np.array([row], np.int32)
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
-        logits = self.logits(self.sampling_hidden(plan, rows))[0].float()
+        hidden = self._hidden(plan, rows)[int(length[0]) - 1 :][:1]
+        logits = self.logits(hidden)[0].float()
         cap = self._model.config.final_softcap
         return logits if cap is None else softcap_(logits, cap)
 
@@ -67,11 +72,48 @@ class Runner:
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE))
         return self._model.logits(padded)[: len(hidden)]
 
-    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> Sampled:
+    def _hidden(self, plan: Plan, rows: Rows) -> Tensor:
+        """[T', E], every token of the plan, before the final norm."""
+        inputs = self._attention.prepare(plan, rows)
+        positions = inputs.positions.numpy()
+        token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions].astype(np.int64)
+        padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
+        return self._model.hidden(torch.from_numpy(padded), inputs, self._attention)
+
+    def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
+        """Position p tells of the prompt token at p + 1. In pieces of rows: [T, V] is never whole."""
+        found: dict[int, PromptLogprobs] = {}
+        token = 0
+        for row, start, length in zip(
+            plan.rows.tolist(), plan.starts.tolist(), plan.lens.tolist(), strict=True
+        ):
+            count = self.sampler.prompt_logprobs(row)
+            num_known = min(length, int(rows.num_prompt[row]) - 1 - start)  # those whose next is prompt
+            if count is not None and num_known >= 0:
+                next_ids = rows.token_ids[row, start + 1 : start + 1 + num_known]
+                found[row] = PromptLogprobs(start, [])
+                for part in range(0, num_known, LOGITS_ROWS):
+                    some = hidden[token + part : token + min(part + LOGITS_ROWS, num_known)]
+                    ids = torch.from_numpy(next_ids[part : part + LOGITS_ROWS].astype(np.int64))
+                    found[row].logprobs.extend(self._logprobs(some, ids, count))
+            token += length
+        return found
+
+    def _logprobs(self, hidden: Tensor, token_ids: Tensor, count: int) -> list[TokenLogprobs]:
         logits = self.logits(hidden)
+        exact = self._exact(hidden, logits)
+        return token_logprobs(logits.float(), token_ids, count, self._model.config.final_softcap, exact)
 
-        def exact(row_idx: Tensor, token_ids: Tensor) -> Tensor:
-            return self._model.exact_logits(hidden.index_select(0, row_idx), token_ids)
+    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
+        logits = self.logits(hidden)
+        return self.sampler.sample(logits, sampling, rows, self._exact(hidden, logits))
 
-        is_rounded = logits.dtype != torch.float32
-        return self.sampler.sample(logits, sampling, rows, exact if is_rounded else None)
+    def _exact(self, hidden: Tensor, logits: Tensor) -> ExactLogits | None:
+        """What settles ties and gives reported values, if the logits are rounded."""
+        if logits.dtype == torch.float32:
+            return None
+        return lambda row_idx, ids: self._model.exact_logits(hidden.index_select(0, row_idx), ids)
+
+
+def _merged(parts: Iterable[dict[int, Value]]) -> dict[int, Value]:
+    return {row: value for part in parts for row, value in part.items()}

@@ -4,33 +4,28 @@ Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p 
 Greedy rows without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.messages import TokenLogprobs
+from cabochon.engine.plan import StepResult
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
 
-ExactLogits = Callable[[Tensor, Tensor], Tensor]  # rows [C], token ids [C] -> fp32 logits [C]
-
-
-class Sampled(NamedTuple):
-    """token_ids: [R] int32, in the vocabulary; meaningless where is_finite ([R] bool) is False."""
-
-    token_ids: NDArray[np.int32]
-    is_finite: NDArray[np.bool_]
+MASK_GRACE_S = 0.005  # a grammar's mask had the whole forward pass; later than that it misses the step
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    request: Request
     params: SamplingParams
     stop_ids: Tensor  # [n] int64, banned before min_tokens
     bias_ids: Tensor  # [n] int64
@@ -50,6 +45,7 @@ class Sampler:
         assert request.row is not None
         params = request.message.params
         self._rows[request.row] = _Row(
+            request,
             params,
             torch.tensor(sorted(request.stop_ids), dtype=torch.int64),
             torch.tensor(list(params.logit_bias), dtype=torch.int64),
@@ -58,7 +54,7 @@ class Sampler:
 
     def sample(
         self, logits: Tensor, row_ids: NDArray[np.int32], rows: Rows, exact: ExactLogits | None = None
-    ) -> Sampled:
+    ) -> StepResult:
         """logits: [R, V] not softcapped, of distinct rows row_ids [R]; those in fp32 are overwritten.
 
         `exact` settles ties that a rounded dtype made.
@@ -69,15 +65,43 @@ class Sampler:
             self._settle_ties(logits, highest, token_ids, exact)
         chosen = token_ids.numpy().astype(np.int32)
         is_finite = highest.isfinite().numpy()
+        wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
+        kept = logits[wanted].float() if wanted else None  # a copy: choosing overwrites
+        result = StepResult(chosen, is_finite)
         for index, row in enumerate(row_ids.tolist()):
-            if not plain[index] and is_finite[index]:
-                chosen[index] = self._choose(logits[index].float(), row, rows)
-        return Sampled(chosen, is_finite)
+            if is_finite[index] and not plain[index]:
+                chosen[index] = self._choose(logits[index].float(), row, rows, result)
+        if kept is not None:
+            result.logprobs.update(self._logprobs(kept, wanted, chosen, row_ids, exact))
+        return result
+
+    def prompt_logprobs(self, row: int) -> int | None:
+        """How many alternatives the row wants with each prompt token."""
+        return self._rows[row].params.prompt_logprobs
+
+    def _logprobs(
+        self,
+        logits: Tensor,
+        indices: list[int],
+        chosen: NDArray[np.int32],
+        row_ids: NDArray[np.int32],
+        exact: ExactLogits | None,
+    ) -> dict[int, TokenLogprobs]:
+        """logits: [W, V] fp32, of the rows row_ids[indices]."""
+        of = torch.tensor(indices)
+        shifted = None if exact is None else lambda rows, ids: exact(of[rows], ids)
+        counts = [self._rows[int(row_ids[index])].params.logprobs or 0 for index in indices]
+        tokens = torch.from_numpy(chosen[indices].astype(np.int64))
+        found = token_logprobs(logits, tokens, max(counts), self._softcap, shifted)
+        for one, count in zip(found, counts, strict=True):
+            del one.top_ids[count:], one.top_logprobs[count:]
+        return {int(row_ids[index]): one for index, one in zip(indices, found, strict=True)}
 
     def _is_plain(self, row: int, rows: Rows) -> bool:
         params = self._rows[row].params
         is_free = rows.num_tokens[row] - rows.num_prompt[row] >= params.min_tokens
-        return params.is_greedy and not params.has_penalties and not params.logit_bias and bool(is_free)
+        is_bound = params.has_penalties or params.logit_bias or params.grammar is not None
+        return params.is_greedy and not is_bound and bool(is_free)
 
     def _settle_ties(self, logits: Tensor, highest: Tensor, token_ids: Tensor, exact: ExactLogits) -> None:
         """Among tokens that share the rounded maximum, take the largest fp32 logit, then the lowest id."""
@@ -92,8 +116,27 @@ class Sampler:
             mine = row_of == row
             token_ids[row] = ids[mine][values[mine].argmax()]
 
-    def _choose(self, logits: Tensor, row: int, rows: Rows) -> int:
-        """logits: [V] fp32, uncapped, ours to overwrite."""
+    def _choose(self, logits: Tensor, row: int, rows: Rows, result: StepResult) -> int:
+        """logits: [V] fp32, uncapped, ours to overwrite. Notes in `result` what became of a grammar."""
+        state = self._rows[row]
+        params = state.params
+        mask = state.request.mask
+        if mask is None:
+            return self._draw(logits, row, rows)
+        try:
+            allowed = torch.from_numpy(mask.result(timeout=MASK_GRACE_S))
+        except TimeoutError:
+            result.late.append(row)
+            return 0
+        if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
+            allowed = allowed.index_fill(0, state.stop_ids, False)  # a copy: the mask may be asked for again
+        if not allowed.any():
+            result.stuck.append(row)
+            return 0
+        result.bound[row] = self._draw(logits, row, rows, allowed)
+        return result.bound[row]
+
+    def _draw(self, logits: Tensor, row: int, rows: Rows, allowed: Tensor | None = None) -> int:
         state = self._rows[row]
         params = state.params
         if self._softcap is not None:
@@ -104,6 +147,8 @@ class Sampler:
             _penalize(logits, row, rows, params)
         if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
             logits[state.stop_ids] = -torch.inf
+        if allowed is not None:
+            logits.masked_fill_(~allowed, -torch.inf)
         if params.is_greedy:
             return int(logits.argmax())
         scaled = logits.div_(params.temperature)

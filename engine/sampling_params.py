@@ -2,12 +2,28 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cabochon.engine.errors import BadSampling
 
 MAX_LOGIT_BIAS = 1024  # entries; OpenAI documents 300
 MAX_STOP_TOKENS = 256
+MAX_GRAMMAR_CHARS = 2**18
+MAX_LOGPROBS = 20  # alternatives per token; OpenAI's limit
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the output must be. lark: llguidance's dialect, or GBNF. `param`: the field that errors name."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    param: str = field(default="structured_outputs", compare=False)
+
+    def __post_init__(self) -> None:
+        size = len(self.text)
+        _check(size <= MAX_GRAMMAR_CHARS, self.param, f"of at most {MAX_GRAMMAR_CHARS} characters", size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +48,9 @@ class SamplingParams:
     )  # token id -> [-100, 100], added after the softcap
     stop_token_ids: tuple[int, ...] = ()  # beside the model's EOS ids
     ignore_eos: bool = False  # the model's EOS ids do not end the request
+    grammar: Grammar | None = None  # the output follows it, and ends where it must
+    logprobs: int | None = None  # alternatives to report with each output token (0: itself alone); None: off
+    prompt_logprobs: int | None = None  # the same for each prompt token; its prefix is computed anew
 
     def __post_init__(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
@@ -64,6 +83,9 @@ class SamplingParams:
         )
         for bias in self.logit_bias.values():
             _check(_in(bias, -100, 100), "logit_bias", "made of values in [-100, 100]", bias)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"in [0, {MAX_LOGPROBS}]", count)
         _check(
             len(self.stop_token_ids) <= MAX_STOP_TOKENS,
             "stop_token_ids",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cabochon.engine.admission import check_request
 from cabochon.engine.errors import RequestError
+from cabochon.engine.grammar import Matcher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
 from cabochon.engine.plan import Plan
@@ -60,7 +61,8 @@ class Scheduler:
         self._work: dict[int, int] = {}  # row -> tokens of the step being planned
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
         self._computing: dict[bytes, Request] = {}  # name of a page -> the request that is about to fill it
-        self._aborted_rows: set[int] = set()  # aborted since schedule(): their results are dropped
+        self._dropped_rows: set[int] = set()  # aborted or late since schedule(): their results do not count
+        self._late: list[Request] = []  # they wait for the mask of their next token
         self._num_arrivals = 0
         self._can_admit = True  # until the step finds that somebody waits for pages
         self._min_chunk = MIN_CHUNK_TOKENS
@@ -72,13 +74,17 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def add(self, message: GenerateRequest) -> None:
-        """Accept a request. Raises RequestError, and then nothing has changed."""
+    def check_new(self, message: GenerateRequest) -> int:
+        """Returns the output tokens it may have at most. Raises RequestError if it cannot be accepted."""
         if message.request_id in self._requests:
             raise RequestError(
                 f"request ids must be unique, {message.request_id} is running: send another id"
             )
-        max_tokens = check_request(message, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        return check_request(message, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+
+    def add(self, message: GenerateRequest, matcher: Matcher | None = None) -> Request:
+        """Accept a request. Raises RequestError, and then nothing has changed."""
+        max_tokens = self.check_new(message)
         params = message.params
         request = Request(
             message=message,
@@ -87,10 +93,12 @@ class Scheduler:
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             token_ids=list(message.prompt_ids),
             is_published=not message.is_private,
+            matcher=matcher,
         )
         self._num_arrivals += 1
         self._requests[message.request_id] = request
         self._waiting.add(request)
+        return request
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages. Unknown ids are ignored: it may have ended."""
@@ -100,7 +108,7 @@ class Scheduler:
         if request.row is None:
             self._waiting.remove(request)
         else:
-            self._aborted_rows.add(request.row)
+            self._dropped_rows.add(request.row)
             self._leave(request)
 
     def publish(self, request_id: str) -> None:
@@ -109,11 +117,17 @@ class Scheduler:
         if request is not None:
             self._cache.publish(request)
 
+    def defer(self, row: int) -> None:
+        """Its mask is late: the step's result does not count for it, and it waits until the mask is there."""
+        self._dropped_rows.add(row)
+        self._late.append(self._by_row[row])
+
     def schedule(self) -> Plan | None:
-        """The next step, its pages taken; None if there is nothing to do."""
+        """The next step, its pages taken; None if there is nothing to do but perhaps to wait for masks."""
         self._work.clear()
         self._admitted.clear()
-        self._aborted_rows.clear()
+        self._dropped_rows.clear()
+        self._late = [request for request in self._late if request.is_late and request.row is not None]
         self._can_admit = True
         if not self._requests:
             return None
@@ -121,6 +135,8 @@ class Scheduler:
         num_decodes = len(self._work)
         if self._waiting or num_decodes < len(self._running):
             self._plan_prefills()
+        if not self._work and self._late:
+            return None
         assert self._work, "requests wait and none can run: the pool holds less than one sequence"
         return self._plan()
 
@@ -128,17 +144,17 @@ class Scheduler:
         """Requests that got a row in the last schedule()."""
         return [request for request in self._admitted if request.row is not None]
 
-    def request_id(self, row: int) -> str:
+    def request(self, row: int) -> Request:
         """Whose row it is."""
-        return self._by_row[row].request_id
+        return self._by_row[row]
 
     def update(self, plan: Plan, token_ids: NDArray[np.int32]) -> list[RequestOutput]:
         """Enter the results of the last plan. token_ids: [number of True in plan.samples], in order.
 
         Requests that were aborted since schedule() get nothing.
         """
-        if self._aborted_rows:
-            plan, token_ids = _without(self._aborted_rows, plan, token_ids)
+        if self._dropped_rows:
+            plan, token_ids = _without(self._dropped_rows, plan, token_ids)
         rows, now = self._rows, time.monotonic()
         after = plan.starts + plan.lens
         rows.num_computed[plan.rows] = after
@@ -155,7 +171,8 @@ class Scheduler:
             if request.num_output == 1:
                 request.first_token_s = now
                 self._counts["prompt_tokens"] += len(request.message.prompt_ids)
-            if token_id in request.stop_ids or request.num_output >= request.max_tokens:
+            is_last = token_id in request.stop_ids or request.num_output >= request.max_tokens
+            if is_last or request.is_complete:
                 outputs.append(self._last_output(request, token_id))
             else:  # without a call: this is most of a step's overhead
                 outputs.append(
@@ -204,6 +221,8 @@ class Scheduler:
         rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
         computed = self._rows.num_computed[rows]
         is_decode = self._rows.num_tokens[rows] - computed == 1
+        if self._late:
+            is_decode &= ~np.isin(rows, [request.row for request in self._late])
         needs_page = is_decode & (computed % self._cache.page_tokens == 0)
         self._work.update(dict.fromkeys(rows[is_decode].tolist(), 1))
         for request in [self._running[i] for i in np.flatnonzero(needs_page)]:
@@ -213,7 +232,7 @@ class Scheduler:
     def _plan_prefills(self) -> None:
         left = self._step_tokens - len(self._work)
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, left // 2))
-        prefills = [r for r in self._running if r.row not in self._work]
+        prefills = [r for r in self._running if r.row not in self._work and r not in self._late]
         self._promised = {r.row: self._pages_to_come(r.row) for r in prefills if r.row is not None}
         may_enter = self._waiting.priorities if self._may_admit() else []
         for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
@@ -253,9 +272,11 @@ class Scheduler:
         """Give a waiting request a row and its prefix hit, if its known tokens will find pages."""
         if not self._may_admit():
             return False
-        hit = self._cache.lookup(request)
+        # Log probabilities of a prompt need its hidden rows, which no cache holds
+        wants_all = request.message.params.prompt_logprobs is not None
+        hit = 0 if wants_all else self._cache.lookup(request)
         names = self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
-        if hit < len(names) and self._is_computed_now(names[hit], hit, request):
+        if not wants_all and hit < len(names) and self._is_computed_now(names[hit], hit, request):
             return False  # share it when it is there
         cost = self._cache.admission_cost(request, hit, self._max_chunk) + sum(self._promised.values())
         pool = self._cache.pool
@@ -352,7 +373,10 @@ class Scheduler:
 
     def _last_output(self, request: Request, token_id: int) -> RequestOutput:
         """What a stop token or the end of its tokens gives; before min_tokens a stop token is a token."""
-        is_stop = token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
+        is_stop_token = (
+            token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
+        )
+        is_stop = is_stop_token or request.is_complete
         if is_last := is_stop or request.num_output >= request.max_tokens:
             del self._requests[request.request_id]
             self._leave(request)
@@ -360,7 +384,7 @@ class Scheduler:
             request_id=request.request_id,
             token_ids=[token_id],
             finish_reason=("stop" if is_stop else "length") if is_last else None,
-            stop_token_id=token_id if is_stop else None,
+            stop_token_id=token_id if is_stop_token else None,
             cached_tokens=request.cached_tokens or 0,
             scheduled_s=request.scheduled_s,
             first_token_s=request.first_token_s,

@@ -1,0 +1,171 @@
+"""Grammars end to end: what comes out follows them, and nobody waits for a bad one."""
+
+import json
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+
+from cabochon.engine.errors import BadGrammar, BadSampling
+from cabochon.engine.grammar import Grammars, Matcher
+from cabochon.engine.llm import LLM, Completion
+from cabochon.engine.messages import GenerateRequest
+from cabochon.engine.sampling_params import Grammar, SamplingParams
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "bc"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def schema(content: object) -> Grammar:
+    return Grammar(kind="json_schema", text=json.dumps(content), param="response_format")
+
+
+def regex(text: str) -> Grammar:
+    return Grammar(kind="regex", text=text)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_gemma2_dir: Path) -> LLM:
+    return LLM(
+        str(tiny_gemma2_dir), dtype="fp32", page_tokens=4, kv_cache_gib=0.01, max_seqs=16, step_tokens=32
+    )
+
+
+def run(llm: LLM, grammar: Grammar, count: int = 4, **params: object) -> list[Completion]:
+    each = [
+        SamplingParams(seed=seed, **{"max_tokens": 150, "grammar": grammar, **params})
+        for seed in range(count)
+    ]
+    return llm.generate([[8, 9, 10 + seed] for seed in range(count)], each)
+
+
+def test_a_schema_is_met_and_the_answer_ends(llm: LLM) -> None:
+    for answer in run(llm, schema(PERSON), count=12):
+        assert answer.finish_reason == "stop"
+        person = json.loads(answer.text)
+        assert set(person) == set(PERSON["required"])
+        assert 0 <= person["age"] <= 150
+        assert set(person["tags"]) <= {"a", "bc"}
+        assert len(person["name"]) <= 8
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_regex_is_matched(llm: LLM, temperature: float) -> None:
+    for answer in run(llm, regex(r"[a-c]{3,5}@[xy]+\.(com|org)"), temperature=temperature):
+        if answer.finish_reason == "stop":
+            assert re.fullmatch(r"[a-c]{3,5}@[xy]+\.(com|org)", answer.text)
+
+
+@pytest.mark.parametrize("text", ['start: "yes" | "no"', 'root ::= "yes" | "no"'], ids=["lark", "gbnf"])
+def test_a_grammar_leaves_only_its_words(llm: LLM, text: str) -> None:
+    answers = run(llm, Grammar(kind="lark", text=text), count=8)
+    assert {answer.text for answer in answers} == {"yes", "no"}
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+
+
+def test_what_is_complete_ends_even_when_eos_is_ignored(llm: LLM) -> None:
+    for answer in run(llm, regex("abc"), ignore_eos=True, min_tokens=20):
+        assert (answer.text, answer.finish_reason) == ("abc", "stop")
+
+
+def test_an_end_that_may_come_later_waits_for_min_tokens(llm: LLM) -> None:
+    for answer in run(llm, regex("a*"), min_tokens=10, max_tokens=30):
+        assert len(answer.token_ids) >= 10
+
+
+def test_tokens_are_the_same_alone_and_among_others(llm: LLM) -> None:
+    together = run(llm, schema(PERSON), count=8)
+    mixed = llm.generate(
+        [[8, 9, 10 + seed] for seed in range(8)] + [[7] * 20] * 6,
+        [SamplingParams(seed=seed, max_tokens=150, grammar=schema(PERSON)) for seed in range(8)]
+        + [SamplingParams(seed=9, max_tokens=40)] * 6,
+    )
+    assert [a.token_ids for a in mixed[:8]] == [a.token_ids for a in together]
+
+
+def test_a_grammar_survives_preemption(tiny_gemma2_dir: Path, llm: LLM) -> None:
+    options = {"page_tokens": 4, "max_model_len": 160, "max_seqs": 16, "step_tokens": 32}
+    small = LLM(str(tiny_gemma2_dir), dtype="fp32", kv_cache_gib=0.00012, **options)
+    answers = run(small, schema(PERSON), count=8)
+    assert small.core.stats().preemptions > 0
+    assert [a.token_ids for a in answers] == [a.token_ids for a in run(llm, schema(PERSON), count=8)]
+
+
+BAD = [
+    (schema({"type": "nope"}), "response_format must be one that can be followed"),
+    (schema({"$ref": "#"}), "response_format must"),
+    (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
+    (schema({"not": {}}), "response_format must be one that can be followed: Unimplemented keys"),
+    (regex("("), "structured_outputs must be one that can be followed: .*invalid regex"),
+    (regex("(?=a)b"), "structured_outputs must be one that can be followed"),
+    (Grammar(kind="json_schema", text="{"), "structured_outputs must"),
+    (Grammar(kind="lark", text="start: nothing"), "structured_outputs must"),
+    (Grammar(kind="lark", text="::="), "structured_outputs must"),
+]
+
+
+@pytest.mark.parametrize(("grammar", "message"), BAD, ids=range(len(BAD)))
+def test_what_cannot_be_followed_is_refused(llm: LLM, grammar: Grammar, message: str) -> None:
+    llm.core.add(
+        GenerateRequest(
+            request_id="bad", prompt_ids=[8], params=SamplingParams(max_tokens=5, grammar=grammar)
+        )
+    )
+    refusals = []
+    while llm.core.has_work:
+        refusals += llm.core.step()[1]
+    (refusal,) = refusals
+    assert refusal.error == BadGrammar.__name__
+    assert re.match(message, refusal.message) or message in refusal.message
+    assert refusal.param == grammar.param
+
+
+def test_a_grammar_that_is_too_long_is_refused() -> None:
+    with pytest.raises(BadSampling, match="structured_outputs must be of at most 262144 characters"):
+        regex("a" * 300_000)
+
+
+def test_who_waits_for_a_slow_mask_holds_up_nobody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = Event()
+
+    def slow(self: Grammars, matcher: Matcher) -> Future[np.ndarray]:
+        return self._pool.submit(lambda: may_go_on.wait(60) and matcher.mask())
+
+    params = SamplingParams(seed=0, max_tokens=150, grammar=regex("[ab]{6}"))
+    free = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    expected = {"slow": llm.generate([[8, 9]], params), "free": llm.generate([[8, 9]], free)}
+    monkeypatch.setattr(Grammars, "next_mask", slow)
+    llm.core.add(GenerateRequest(request_id="slow", prompt_ids=[8, 9], params=params))
+    llm.core.add(GenerateRequest(request_id="free", prompt_ids=[8, 9], params=free))
+    tokens: dict[str, list[int]] = {"slow": [], "free": []}
+    while llm.core.has_work:
+        outputs, refusals = llm.core.step()
+        assert not refusals
+        for output in outputs:
+            tokens[output.request_id] += output.token_ids
+            if output.request_id == "free" and output.finish_reason:
+                assert not tokens["slow"]
+                may_go_on.set()
+    assert tokens == {name: one[0].token_ids for name, one in expected.items()}
+
+
+def test_an_aborted_request_leaves_nothing(llm: LLM) -> None:
+    for steps in range(6):
+        params = SamplingParams(max_tokens=50, grammar=schema(PERSON))
+        llm.core.add(GenerateRequest(request_id="gone", prompt_ids=[8] * 40, params=params))
+        for _ in range(steps):
+            llm.core.step()
+        llm.core.abort("gone")
+        assert not llm.core.has_work
+        assert llm.core.stats().pages_used == 0
