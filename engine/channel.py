@@ -12,6 +12,7 @@ from cabochon.engine.messages import (
     Abort,
     Failed,
     Loading,
+    Log,
     Publish,
     Ready,
     Start,
@@ -19,8 +20,8 @@ from cabochon.engine.messages import (
     Submit,
 )
 
-Message = Start | Submit | Abort | Publish | Loading | Ready | Failed | StepOutput
-KINDS: tuple[type[Any], ...] = (Start, Submit, Abort, Publish, Loading, Ready, Failed, StepOutput)
+Message = Start | Submit | Abort | Publish | Loading | Ready | Failed | Log | StepOutput
+KINDS: tuple[type[Any], ...] = (Start, Submit, Abort, Publish, Loading, Ready, Failed, Log, StepOutput)
 
 _HEADER = struct.Struct("<IB")  # bytes of the body, index into KINDS
 _ENCODER = msgspec.msgpack.Encoder()

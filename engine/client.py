@@ -26,6 +26,7 @@ from cabochon.engine.messages import (
     Failed,
     GenerateRequest,
     Loading,
+    Log,
     Publish,
     Ready,
     Refusal,
@@ -133,10 +134,10 @@ class EngineClient(Engine):
                 RequestError(f"request ids must be unique, {request.request_id} is running: send another")
             )
         else:
+            self._send(Submit(request=request))  # first, so that what cannot be encoded leaves nothing behind
             if not self._streams:
                 self._last_message_s = time.monotonic()  # it slept: the time to its next step starts now
             self._streams[request.request_id] = stream
-            self._send(Submit(request=request))
         return stream
 
     def publish(self, request_id: str) -> None:
@@ -170,7 +171,7 @@ class EngineClient(Engine):
     ) -> list[Message]:
         """Returns the messages that came after Ready."""
         while True:
-            data = await reader.read(1 << 18)
+            data = await _read_some(reader)
             if not data:
                 code = await asyncio.to_thread(_reap, self._process)
                 self._die(f"the engine process ended while loading, exit code {code}: its log says why")
@@ -183,18 +184,20 @@ class EngineClient(Engine):
                 if isinstance(message, Failed):
                     self._die(message.message)
                     raise _as_error(message.error, message.message, None)
+                if isinstance(message, Log):
+                    _log(message)
                 if isinstance(message, Loading) and on_progress is not None:
                     on_progress(message.done_bytes, message.total_bytes)
 
     async def _read(self, reader: asyncio.StreamReader, frames: FrameReader, messages: list[Message]) -> None:
         while True:
             for message in messages:
-                assert isinstance(message, StepOutput)
-                self._deliver(message)
-            try:
-                data = await reader.read(1 << 18)
-            except ConnectionError:
-                data = b""
+                if isinstance(message, Log):
+                    _log(message)
+                else:
+                    assert isinstance(message, StepOutput)
+                    self._deliver(message)
+            data = await _read_some(reader)
             if not data:
                 code = await asyncio.to_thread(_reap, self._process)
                 self._die(f"the engine process ended, exit code {code}: restart the server")
@@ -219,8 +222,12 @@ class EngineClient(Engine):
 
     async def _watch(self) -> None:
         """A hung or stopped engine does not close its socket: look at the clock."""
+        interval_s = min(1.0, self._step_timeout_s / 4)
         while self._dead_reason is None:
-            await asyncio.sleep(min(1.0, self._step_timeout_s / 4))
+            started_s = time.monotonic()
+            await asyncio.sleep(interval_s)
+            if time.monotonic() - started_s > 2 * interval_s:  # it was this process that stood still
+                self._last_message_s = time.monotonic()
             silent_s = time.monotonic() - self._last_message_s
             if self._streams and silent_s > self._step_timeout_s:
                 self._die(
@@ -243,6 +250,14 @@ class EngineClient(Engine):
             self._process.kill()  # SIGKILL ends a stopped process as well
 
 
+async def _read_some(reader: asyncio.StreamReader) -> bytes:
+    """What has arrived; nothing at the end, however it came (a message left unread makes it a reset)."""
+    try:
+        return await reader.read(1 << 18)
+    except ConnectionError:
+        return b""
+
+
 def _reap(process: subprocess.Popen[bytes] | None) -> int | None:
     """Wait for the end, kill after EXIT_TIMEOUT_S. Returns the exit code."""
     if process is None:
@@ -252,6 +267,10 @@ def _reap(process: subprocess.Popen[bytes] | None) -> int | None:
     except subprocess.TimeoutExpired:
         os.kill(process.pid, 9)
         return process.wait()
+
+
+def _log(line: Log) -> None:
+    logging.getLogger(line.logger).log(line.level, "%s", line.text)
 
 
 def _refusal_error(refusal: Refusal) -> EngineError:

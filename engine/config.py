@@ -14,7 +14,9 @@ class EngineConfig:
     revision: str | None = None  # branch, tag or commit of a Hub id
     cache_dir: str | None = None  # where converted demo weights go; None: ~/.cache/cabochon
     device: Literal["auto", "cpu"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16; fp16 overflows on Gemma and is refused
+    dtype: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # auto: bf16 where the CPU has it; Gemma overflows in fp16
+    )
     attention_backend: Literal["auto", "torch"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
@@ -25,18 +27,26 @@ class EngineConfig:
     threads: int | None = None  # torch threads on CPU; None: the cores this process may use
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bf16", "fp32"):  # a caller in Python may pass anything
+            raise ConfigError(
+                f"dtype must be auto, bf16 or fp32, got {self.dtype}: Gemma overflows in fp16, use bf16"
+            )
         if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(f"page_tokens must be a power of two, got {self.page_tokens}: 16 is usual")
         if self.max_seqs < 1:
-            raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}")
+            raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}: raise it")
         if self.step_tokens < self.max_seqs:
             raise ConfigError(
                 f"step_tokens must be at least max_seqs = {self.max_seqs}, a token for every running request,"
                 f" got {self.step_tokens}: raise step_tokens or lower max_seqs"
             )
         if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}")
+            raise ConfigError(
+                f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}: raise it"
+            )
         if not 0 < self.kv_cache_gib < 4096:
-            raise ConfigError(f"kv_cache_gib must be a positive number of GiB, got {self.kv_cache_gib}")
+            raise ConfigError(
+                f"kv_cache_gib must be a positive number of GiB, got {self.kv_cache_gib}: correct it"
+            )
         if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+            raise ConfigError(f"threads must be at least 1, got {self.threads}: leave it out for all cores")

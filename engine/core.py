@@ -95,11 +95,15 @@ class EngineCore:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
         assert not self.has_work, "the rows are in use"
         row = self._rows.take(list(token_ids), len(token_ids))
-        assert self._cache.extend(row, len(token_ids)), "an idle engine holds one sequence"
-        logits = self._runner.last_logits(row, self._rows)
-        self._cache.free(row)
-        self._rows.give_back(row)
-        return logits
+        try:
+            if not self._cache.extend(row, len(token_ids)):
+                raise ValueError(
+                    f"the pool must hold all {len(token_ids)} tokens at once: raise kv_cache_gib"
+                )
+            return self._runner.last_logits(row, self._rows)
+        finally:
+            self._cache.free(row)
+            self._rows.give_back(row)
 
     def stats(self) -> EngineStats:
         """Gauges and counters after the last step."""

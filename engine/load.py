@@ -113,9 +113,9 @@ def _load_model(
     def load(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         nonlocal done
         tensor = checkpoint.load(name, shape, dtype)
-        done += tensor.numel()
+        done += tensor.nbytes
         if on_progress is not None:
-            on_progress(done, checkpoint.num_elements)
+            on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
     model = Gemma(config, load, max_model_len)

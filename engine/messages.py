@@ -159,6 +159,15 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """A line for the server's log, which knows the format and the level that are wanted."""
+
+    level: int
+    logger: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The engine could not start: class name in engine/errors.py (or any other exception) and message."""
 

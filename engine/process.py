@@ -4,6 +4,7 @@ Reads messages from the inherited socket FD between steps, sleeps in it when the
 message per step. Ends when the socket closes or the parent is gone.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -23,6 +24,7 @@ from cabochon.engine.messages import (
     Abort,
     Failed,
     Loading,
+    Log,
     Publish,
     Ready,
     Refusal,
@@ -115,6 +117,20 @@ class _progress:
             self._sock.sendall(encode(Loading(done_bytes=done_bytes, total_bytes=total_bytes)))
 
 
+class _LogHandler(logging.Handler):
+    """Sends log lines to the server."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the server is gone, and so are we, soon
+            self._sock.sendall(
+                encode(Log(level=record.levelno, logger=record.name, text=self.format(record)))
+            )
+
+
 def _end_with_parent() -> None:
     """A dead server closes the socket, but a step or a load may be long: look at the parent as well."""
     parent = os.getppid()
@@ -124,11 +140,12 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    logging.basicConfig(level=logging.INFO, handlers=[_LogHandler(sock)])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it drains, then closes the socket
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(sock)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         logger.info("server is gone, engine ends")
     except Exception:

@@ -1,6 +1,5 @@
 """How the tokens of one request are chosen. Knows ranges, not vocabularies: the engine checks those."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +10,7 @@ MAX_STOP_TOKENS = 256
 MAX_GRAMMAR_CHARS = 2**18
 MAX_LOGPROBS = 20  # alternatives per token; OpenAI's limit
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class SamplingParams:
                 self.min_tokens,
             )
         _check(_in(self.temperature, 0, 100), "temperature", "in [0, 100]", self.temperature)
-        _check(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _check(0 <= self.top_k <= MAX_TOP_K, "top_k", "0 (off) or more, below 2^31", self.top_k)
         _check(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", "in (0, 1]", self.top_p)
         _check(_in(self.min_p, 0, 1), "min_p", "in [0, 1]", self.min_p)
         _check(0 <= self.seed <= MAX_SEED, "seed", "in [0, 2^63)", self.seed)
@@ -103,7 +103,7 @@ class SamplingParams:
 
 
 def _in(value: float, low: float, high: float) -> bool:
-    return math.isfinite(value) and low <= value <= high
+    return low <= value <= high  # NaN is in no range
 
 
 def _check(is_valid: bool, param: str, must_be: str, given: object) -> None:

@@ -9,6 +9,9 @@ def assert_within_budget(actual: Tensor, low: Tensor, truth: Tensor, factor: flo
 
     Raises AssertionError with both numbers; values that are not finite never pass.
     """
+    assert actual.shape == low.shape == truth.shape, f"shapes {actual.shape}, {low.shape}, {truth.shape}"
+    assert torch.isfinite(low).all(), "the low-precision result is not finite"
+    assert torch.isfinite(truth).all(), "the truth is not finite"
     truth = truth.double()
     assert torch.isfinite(actual).all(), "values are not finite"
     budget = factor * (low.double() - truth).abs().max() + torch.finfo(actual.dtype).eps * truth.abs().max()

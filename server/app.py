@@ -3,6 +3,7 @@
 import asyncio
 import html
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -90,7 +91,11 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         """Text of token ids."""
         body = await _read(DetokenizeRequest, request, service)
         service.check_model(body.model)
-        size = service.engine.info.vocab_size
+        size, limit = service.engine.info.vocab_size, service.engine.info.max_model_len
+        if len(body.tokens) > limit:
+            raise ApiError(
+                f"tokens must have at most {limit} ids, got {len(body.tokens)}: send fewer", param="tokens"
+            )
         if any(not 0 <= token_id < size for token_id in body.tokens):
             raise ApiError(f"tokens must be ids in [0, {size}): correct them", param="tokens")
         detokenizer = Detokenizer(service.prompts.token_bytes, skip_special_tokens=False)
@@ -176,6 +181,7 @@ def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
 def _with_bodies(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     """Add the schemas that _body_of refers to."""
 
+    @cache
     def extended() -> dict[str, Any]:
         schema = openapi()
         models: list[Any] = [(kind, "validation") for kind in BODIES]

@@ -10,7 +10,7 @@ from cabochon.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-GUARDED = ("/v1/", "/tokenize", "/detokenize")  # probes, /metrics, /version and static pages are open
+OPEN = frozenset(("/", "/docs", "/openapi.json", "/health", "/-/healthz", "/version", "/metrics"))
 
 
 class ApiKeys:
@@ -18,22 +18,26 @@ class ApiKeys:
 
     def __init__(self, path: str | None) -> None:
         """Raises ConfigError if the file cannot be read or has no key."""
-        self._path = Path(path) if path else None
-        self._seen: tuple[int, int] | None = None
+        self._path = Path(path) if path is not None else None
+        self._seen: tuple[int, int, int] | None = None
         self._keys: list[bytes] = []
         if self._path is not None:
             try:
-                keys = self._read()
+                self._read()
             except OSError as error:
                 raise ConfigError(f"api_key_file must be a file with keys: {error}: write it") from None
-            if not keys:
+            if not self._keys:
                 raise ConfigError(f"api_key_file must have a key per line, {path} has none: add one")
 
     def check(self, path: str, authorization: str | None) -> None:
-        """Raises ApiError (401) if `path` is guarded and the header has no known key."""
-        if self._path is None or not path.startswith(GUARDED):
+        """Raises ApiError (401) if `path` is not open to everybody and the header has no known key.
+
+        path: as routes see it, without the prefix that the app is mounted at.
+        """
+        if self._path is None or path in OPEN:
             return
-        given = (authorization or "").removeprefix("Bearer ").strip().encode()
+        scheme, _, key = (authorization or "").partition(" ")
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as headers are decoded
         # Every key is compared, and in constant time: how long it takes tells nothing.
         if not sum([hmac.compare_digest(given, key) for key in self._current()]):
             raise ApiError(
@@ -45,17 +49,21 @@ class ApiKeys:
 
     def _current(self) -> list[bytes]:
         try:
-            return self._read()
+            self._read()
         except OSError as error:  # gone for a moment while it is replaced: the keys known so far hold
             logger.warning("api key file cannot be read, keys=%d hold error=%s", len(self._keys), error)
-            return self._keys
+        return self._keys
 
-    def _read(self) -> list[bytes]:
+    def _read(self) -> None:
         assert self._path is not None
         status = os.stat(self._path)
-        seen = (status.st_mtime_ns, status.st_size)
-        if seen != self._seen:
-            lines = (line.strip() for line in self._path.read_bytes().splitlines())
-            self._keys = [line for line in lines if line and not line.startswith(b"#")]
-            self._seen = seen
-        return self._keys
+        seen = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return
+        lines = (line.strip() for line in self._path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines())
+        keys = [line for line in lines if line and not line.startswith(b"#")]
+        self._seen = seen
+        if keys or not self._keys:
+            self._keys = keys
+        else:
+            logger.warning("api key file has no key, keys=%d hold: add one", len(self._keys))

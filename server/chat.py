@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cabochon.engine.errors import BadCheckpoint, ConfigError
@@ -32,7 +33,7 @@ GEMMA_TEMPLATE = (
     "{{ message['content'] | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-CUT = "\ue0c5"  # private use: marks where a spelled-out control token is cut; the prompt has none
+CUT = "\ud800"  # marks where a spelled-out control token is cut: half a character, which JSON cannot bring
 
 Turn = dict[str, str]
 
@@ -69,7 +70,7 @@ class ChatTemplate:
             turns = _prepended(turns)
         try:
             text = self._render(turns, add_generation_prompt)
-        except (TemplateError, TypeError) as error:  # TypeError: the template adds or joins what it may not
+        except Exception as error:  # a template is a program that came with the checkpoint: it may raise any
             self._refuse(turns, error)
         return [piece for piece in text.split(CUT) if piece]
 
@@ -83,7 +84,7 @@ class ChatTemplate:
         if any(turn["role"] == "system" for turn in turns):
             try:
                 self._render(_prepended(turns), True)
-            except (TemplateError, TypeError):
+            except Exception:  # as above
                 pass
             else:
                 raise ApiError(
@@ -92,7 +93,9 @@ class ChatTemplate:
                     param="messages",
                     code="unsupported_role",
                 ) from None
-        raise ApiError(f"messages must fit the model's chat template: {error}", param="messages") from None
+        # Only what the template itself says is shown: messages of other exceptions may quote the prompt
+        reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+        raise ApiError(f"messages must fit the model's chat template: {reason}", param="messages") from None
 
 
 def load_chat_template(
@@ -123,10 +126,21 @@ def load_chat_template(
     )
 
 
+class _Generation(Extension):
+    """{% generation %}, by which trainers mark the assistant's text: here it is just its text."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Called by jinja at the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """As transformers compiles chat templates. Sandboxed, for they come with checkpoints."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -105,3 +105,7 @@ def _complain(error: Exception, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(f"cabochon: {error}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()

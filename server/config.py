@@ -28,6 +28,8 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
+        if self.api_key_file == "":
+            raise ConfigError("api_key_file must name a file with keys, got an empty name: leave it out")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}: choose another")
         for name in ("max_body_bytes", "max_queued_requests", "max_queue_wait_s", "step_timeout_s"):

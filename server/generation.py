@@ -74,7 +74,7 @@ async def run_choices(
 
 async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerator[Delta, None]:
     request = choice.request
-    is_ended = False
+    is_finished = is_counted = False
     try:
         async for output in engine.submit(request):
             now = time.monotonic()
@@ -83,20 +83,20 @@ async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerat
             choice.num_tokens += len(output.token_ids)
             delta = _delta(choice, output)
             if delta.finish_reason is not None:
-                is_ended = output.finish_reason is not None
+                is_finished, is_counted = output.finish_reason is not None, True
                 metrics.observe_end(request, output, choice.num_tokens, delta.finish_reason, now)
             yield delta
             if delta.finish_reason is not None:
                 return
     except Exception:
-        is_ended = True
+        is_counted = True
         metrics.count_end("error")
         raise
     finally:
-        if not is_ended:  # a stop string, or nobody listens
+        if not is_finished:  # a stop string, an error on the way, or nobody listens
             engine.abort(request.request_id)
-            if choice.detokenizer.stop_string is None:
-                metrics.count_end("abort")
+        if not is_counted:
+            metrics.count_end("abort")
 
 
 def _delta(choice: Choice, output: RequestOutput) -> Delta:

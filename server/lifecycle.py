@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -28,6 +28,7 @@ class Lifecycle:
         self._config = config
         self.phase = Phase.SERVING
         self.num_open = 0
+        self._unstarted_tokens = 0  # prompt tokens of open requests without a first token
         self._idle = asyncio.Event()
         self._idle.set()
         self.ended = asyncio.Event()
@@ -45,7 +46,9 @@ class Lifecycle:
         if self.phase in (Phase.DRAINING, Phase.ENDED):
             raise EngineDead("the server must not be shutting down, it is: send the request to another")
         stats = self._engine.stats()
-        wait_s = stats.queued_tokens / stats.prefill_tokens_per_s if stats.prefill_tokens_per_s else 0.0
+        # The last snapshot does not know of those that came since; a step may take long
+        queued_tokens = max(stats.queued_tokens, self._unstarted_tokens)
+        wait_s = queued_tokens / stats.prefill_tokens_per_s if stats.prefill_tokens_per_s else 0.0
         if wait_s > self._config.max_queue_wait_s:
             raise Overloaded(
                 f"the predicted wait must be at most {self._config.max_queue_wait_s:g} s,"
@@ -60,13 +63,22 @@ class Lifecycle:
             )
 
     @contextmanager
-    def opened(self, num_requests: int) -> Iterator[None]:
-        """Count requests as open while the context lasts."""
+    def opened(self, num_requests: int, prompt_tokens: int) -> Iterator[Callable[[], None]]:
+        """Count requests as open while the context lasts. Call what it gives at the first token."""
+        waiting = prompt_tokens
         self.num_open += num_requests
+        self._unstarted_tokens += prompt_tokens
         self._idle.clear()
+
+        def started() -> None:
+            nonlocal waiting
+            self._unstarted_tokens -= waiting
+            waiting = 0
+
         try:
-            yield
+            yield started
         finally:
+            started()
             self.num_open -= num_requests
             if self.num_open == 0:
                 self._idle.set()

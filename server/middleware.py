@@ -6,7 +6,9 @@ Plain ASGI, so that streams pass untouched. Handlers leave in `log_fields` what 
 import logging
 import re
 import time
+import traceback
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 QUIET = ("/metrics", "/health", "/-/healthz")  # probes and scrapes, many a second
+MAX_LOGGED_PATH = 256
 CLIENT_GONE = 499  # nginx's code: no answer was started
 
 
@@ -37,6 +40,7 @@ class Border:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         log_fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, log_fields=log_fields)
         started_s, status = time.monotonic(), CLIENT_GONE
@@ -49,19 +53,19 @@ class Border:
             await send(message)
 
         try:
-            self._keys.check(scope["path"], headers.get("authorization"))
+            self._keys.check(path, headers.get("authorization"))
             await self._app(scope, receive, send_with_id)
         except Exception as error:  # the border: nothing gets past it without an answer and a line in the log
             if not isinstance(error, ApiError):
-                logger.error("request failed id=%s", request_id, exc_info=error)
+                _log_bug(request_id, error)
             if status == CLIENT_GONE:
                 answer = as_api_error(error)
                 response = JsonResponse(answer.body(), answer.status, answer.headers)
                 await response(scope, receive, send_with_id)
         finally:
-            if scope["path"] not in QUIET:
+            if path not in QUIET:
                 log_fields["ms"] = round((time.monotonic() - started_s) * 1e3)
-                _log(scope["method"], scope["path"], request_id, status, log_fields)
+                _log(scope["method"], quote(path[:MAX_LOGGED_PATH]), request_id, status, log_fields)
 
 
 def _log(method: str, path: str, request_id: str, status: int, fields: dict[str, Any]) -> None:
@@ -69,3 +73,11 @@ def _log(method: str, path: str, request_id: str, status: int, fields: dict[str,
     named = {"id": request_id, "method": method, "path": path, "status": status, **fields}
     text = " ".join(f"{name}={value}" for name, value in named.items())
     logger.info("request %s", text, extra={"fields": named})
+
+
+def _log_bug(request_id: str, error: Exception) -> None:
+    """Where, not what: the messages of exceptions may quote a prompt."""
+    while (cause := error.__cause__ or error.__context__) is not None and isinstance(cause, Exception):
+        error = cause
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request failed id=%s error=%s at\n%s", request_id, type(error).__name__, frames)

@@ -1,7 +1,7 @@
 """Text to token ids and back, off the event loop when the text is long."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -13,6 +13,7 @@ from cabochon.server.config import ServerConfig
 from cabochon.server.protocol import Message
 
 INLINE_CHARS = 2000  # 0.5 ms on a Zen 4 core: shorter texts are encoded on the event loop
+MESSAGE_CHARS = 50  # what rendering a message costs, in characters to encode
 
 
 class Prompts:
@@ -31,9 +32,14 @@ class Prompts:
         self, messages: Sequence[Message], *, limit: int, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a chat. The template writes <bos> and turn tokens itself."""
-        self._check_chars(sum(len(message.text) for message in messages), limit, "messages")
-        pieces = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        return await self._encode(pieces, add_special_tokens=False)
+        num_chars = sum(len(message.text) for message in messages)
+        self._check_chars(num_chars, limit, "messages")
+
+        def ids() -> list[int]:
+            pieces = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+            return self._encode(pieces, add_special_tokens=False)
+
+        return await _aside(ids, num_chars + MESSAGE_CHARS * len(messages))
 
     async def encode(self, text: str, *, limit: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; control tokens in it are read as such.
@@ -41,14 +47,9 @@ class Prompts:
         Raises PromptTooLong if they are more than `limit` for certain, before a giant is encoded.
         """
         self._check_chars(len(text), limit, "prompt")
-        return await self._encode([text], add_special_tokens=add_special_tokens)
+        return await _aside(lambda: self._encode([text], add_special_tokens=add_special_tokens), len(text))
 
-    async def _encode(self, pieces: list[str], *, add_special_tokens: bool) -> list[int]:
-        if sum(map(len, pieces)) <= INLINE_CHARS:
-            return self._encode_now(pieces, add_special_tokens)
-        return await asyncio.to_thread(self._encode_now, pieces, add_special_tokens)
-
-    def _encode_now(self, pieces: list[str], add_special_tokens: bool) -> list[int]:
+    def _encode(self, pieces: list[str], *, add_special_tokens: bool) -> list[int]:
         # Only the batch methods of `tokenizers` release the GIL: with `encode`, a thread would not help.
         encodings = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=add_special_tokens)
         return [token_id for encoding in encodings for token_id in encoding.ids]
@@ -60,6 +61,11 @@ class Prompts:
                 f" characters and no token has more than {self._max_token_chars}: shorten it",
                 param,
             )
+
+
+async def _aside(work: Callable[[], list[int]], num_chars: int) -> list[int]:
+    """In a thread, if it takes long enough to hold up streams."""
+    return work() if num_chars <= INLINE_CHARS else await asyncio.to_thread(work)
 
 
 def load_prompts(directory: Path, config: ServerConfig) -> Prompts:

@@ -12,10 +12,10 @@ from cabochon.server.errors import ApiError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
-MAX_CHOICES = 64  # n, and prompts · n of one body
+MAX_NAME_CHARS = 64  # of an unknown field that an error repeats
+MAX_CHOICES = 128  # n, and prompts · n of one body
 # Bounds on what pydantic gets to see: it holds the GIL, and reports on every entry of a list it cannot use.
-MAX_ENTRIES = 4096  # of an object
-MAX_ITEMS = 32768  # of a list of anything but integers
+MAX_ITEMS = 32768  # entries of all objects, and items of all lists of anything but integers, in a body
 
 # Accepted, and of no effect on a self-hosted model.
 NO_EFFECT = frozenset(
@@ -170,7 +170,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     if not isinstance(content, dict):
         raise ApiError("the body must be a JSON object: send {...}", code="invalid_json")
     try:
-        fields = {name: value for name, value in without_nulls(content).items() if name not in NO_EFFECT}
+        whole = without_nulls(content)
+        fields = {name: value for name, value in whole.items() if name not in NO_EFFECT}
     except RecursionError:
         raise ApiError("the body must not be nested so deeply: flatten it", code="invalid_json") from None
     for name, harmless in ASKS_NOTHING.items():
@@ -182,6 +183,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
                     code="unsupported_parameter",
                 )
             del fields[name]
+    _check_lengths(fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -191,18 +193,48 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 def without_nulls(value: Any) -> Any:
     """Clients replay objects with fields they never set: a null is no value, at every depth.
 
-    Raises ApiError if an object or a list is too large to be meant.
+    Raises ApiError if a body has more parts than could be meant.
     """
-    if isinstance(value, dict):
-        if len(value) > MAX_ENTRIES:
-            raise ApiError(f"an object must have at most {MAX_ENTRIES} entries, got {len(value)}: send fewer")
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        kinds = set(map(type, value))
-        if len(value) > MAX_ITEMS and kinds != {int}:
-            raise ApiError(f"a list must have at most {MAX_ITEMS} items, got {len(value)}: send fewer")
-        return value if kinds.isdisjoint((dict, list)) else [without_nulls(item) for item in value]
-    return value
+    return _Nulls().removed(value)
+
+
+class _Nulls:
+    def __init__(self) -> None:
+        self._num_items = 0
+
+    def removed(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            self._count(len(value))
+            return {name: self.removed(item) for name, item in value.items() if item is not None}
+        if isinstance(value, list):
+            kinds = set(map(type, value))
+            if kinds == {int}:
+                return value
+            self._count(len(value))
+            return value if kinds.isdisjoint((dict, list)) else [self.removed(item) for item in value]
+        return value
+
+    def _count(self, num_items: int) -> None:
+        self._num_items += num_items
+        if self._num_items > MAX_ITEMS:
+            raise ApiError(
+                f"the lists and objects of a body must have at most {MAX_ITEMS} items in all, token ids"
+                " apart: send several bodies"
+            )
+
+
+def _check_lengths(fields: dict[str, Any]) -> None:
+    """pydantic would complain of the other kinds that a union allows."""
+    stop, prompt = fields.get("stop"), fields.get("prompt")
+    if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+        raise ApiError(
+            f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}: send fewer", param="stop"
+        )
+    if isinstance(prompt, list) and len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+        raise ApiError(
+            f"prompt must be at most {MAX_CHOICES} prompts, got {len(prompt)}: send several bodies",
+            param="prompt",
+        )
 
 
 def _first_error(error: ValidationError) -> ApiError:
@@ -210,14 +242,16 @@ def _first_error(error: ValidationError) -> ApiError:
     errors = error.errors(include_input=False, include_url=False, include_context=False)
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
     first = unknown or max(errors, key=lambda e: (e["loc"][:1] == errors[0]["loc"][:1], len(e["loc"])))
-    names = [str(part) for part in first["loc"] if _is_name(part)]
-    where = ".".join(names) or "the body"
-    if unknown is not None:
+    *inner, last = first["loc"] or ("the body",)
+    names = [str(part) for part in inner if _is_name(part)]
+    if unknown is not None:  # the last part is the client's own word, whatever it is
+        where = ".".join([*names, str(last)[:MAX_NAME_CHARS]])
         return ApiError(
             f"{where} is not a parameter of this endpoint: leave it out",
             param=where,
             code="unknown_parameter",
         )
+    where = ".".join([*names, str(last)] if _is_name(last) else names) or "the body"
     if first["type"] == "missing":
         return ApiError(f"{where} must be given: add it", param=where, code="missing_required_parameter")
     return ApiError(f"{where} is not valid: {first['msg']}", param=where)

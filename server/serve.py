@@ -4,8 +4,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
+import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +20,17 @@ from cabochon.engine.engine import Engine
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
 from cabochon.server.app import build_app
+from cabochon.server.auth import ApiKeys
+from cabochon.server.head_limit import LimitedHead
 from cabochon.server.prompts import load_prompts
 from cabochon.server.service import VERSION, Service
 from cabochon.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BACKLOG = 2048  # connections that wait to be accepted
+SPARE_FILES = 256  # files and connections beside those of requests
 DEAD_ENGINE_EXIT_S = 5.0  # time for open requests to get their error, and for probes to see 503
 CLOSE_TIMEOUT_S = 5  # for the last bytes to slow clients
 KEEP_ALIVE_S = 620  # longer than load balancers keep idle connections (Google's: 600), or they meet resets
@@ -45,7 +53,7 @@ async def find_model(settings: Settings) -> Path:
 async def start_engine(settings: Settings, directory: Path) -> EngineClient:
     """Spawn the engine and wait until it is ready, with a progress bar after a second."""
     client = EngineClient(settings.engine, directory, step_timeout_s=settings.server.step_timeout_s)
-    with tqdm(desc="Loading weights", unit="", unit_scale=True, delay=1, leave=False) as bar:
+    with tqdm(desc="Loading weights", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
@@ -57,25 +65,53 @@ async def start_engine(settings: Settings, directory: Path) -> EngineClient:
 
 async def serve(settings: Settings) -> int:
     """Run until a signal or the engine's death. Returns the exit code."""
-    with bind(
-        settings.server.host, settings.server.port
-    ) as sock:  # taken ports are found before minutes of loading
+    _raise_file_limit(settings.server.max_queued_requests)
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:  # until it serves: nothing is open that could be lost
+        loop.add_signal_handler(number, _exit_now, number)
+    # What a wrong option breaks is found before minutes of loading
+    ApiKeys(settings.server.api_key_file)
+    with bind(settings.server.host, settings.server.port) as sock:
         directory = await find_model(settings)
         prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
-        client = await start_engine(settings, directory)
+        engine = asyncio.create_task(start_engine(settings, directory))
         try:
-            return await serve_engine(Service(client, await prompts, settings.server), sock)
+            await asyncio.gather(prompts, engine)
+        except BaseException:
+            engine.cancel()
+            raise
+        client = engine.result()
+        try:
+            return await serve_engine(Service(client, prompts.result(), settings.server), sock)
         finally:
             await client.shutdown()
 
 
+def _exit_now(number: int) -> None:
+    """While loading: threads that download or convert would hold up an orderly end."""
+    print(f"cabochon: {signal.Signals(number).name} while loading", file=sys.stderr)
+    os._exit(128 + number)
+
+
+def _raise_file_limit(num_requests: int) -> None:
+    """A connection is a file: without one it is closed unseen, probes included."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    needed = num_requests + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        logger.warning("open files limit=%d needed=%d: raise it (ulimit -n)", soft, needed)
+
+
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises ConfigError."""
+    """A listening socket: who connects while the model loads waits. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(BACKLOG)  # two that only bind one port do not notice each other
     except OSError as error:
         sock.close()
         raise ConfigError(
@@ -90,6 +126,8 @@ async def serve_engine(service: Service, sock: socket.socket) -> int:
     server = _Uvicorn(
         uvicorn.Config(
             build_app(service),
+            http=LimitedHead,
+            backlog=BACKLOG,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -123,7 +161,7 @@ class _End:
     async def watch(self, sock: socket.socket) -> None:
         """Announce readiness, then look for signals and the engine's death."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         while not self._server.started:
             await asyncio.sleep(0.01)
@@ -147,6 +185,7 @@ class _End:
         logger.info("draining open_requests=%d", self._lifecycle.num_open)
         is_clean = await self._lifecycle.drain()
         logger.info("drained clean=%s", is_clean)
+        self.exit_code = 1 if self._engine.dead_reason() is not None else 0
         await self._engine.shutdown()  # ends what is left with an error
         self._server.should_exit = True
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from cabochon.engine.admission import check_request
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
+from cabochon.engine.errors import BadPrompt, BadSampling, RequestError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import MAX_SEED, SamplingParams
 from cabochon.server.config import ServerConfig
@@ -71,20 +72,24 @@ class Service:
         """A job for POST /v1/chat/completions."""
         model = self.check_model(body.model)
         prompt = await self.prompts.of_messages(body.messages, limit=self.engine.info.max_model_len)
-        return self._job(
-            "chat", body, [prompt], body.max_completion_tokens or body.max_tokens, model, request_id
-        )
+        try:
+            return self._job(
+                "chat", body, [prompt], body.max_completion_tokens or body.max_tokens, model, request_id
+            )
+        except RequestError as error:  # the engine's names, in words of this endpoint
+            newer = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            error.param = {"prompt": "messages", "max_tokens": newer}.get(error.param or "", error.param)
+            raise
 
     async def completion(self, body: CompletionRequest, request_id: str) -> Job:
         """A job for POST /v1/completions."""
         model = self.check_model(body.model)
-        prompts = [
-            prompt
-            if isinstance(prompt, list)
-            else await self.prompts.encode(prompt, limit=self.engine.info.max_model_len)
-            for prompt in _as_batch(body.prompt)
-        ]
-        return self._job("completion", body, prompts, body.max_tokens, model, request_id)
+        prompts = [await self._prompt_ids(prompt) for prompt in _as_batch(body.prompt)]
+        job = self._job("completion", body, prompts, body.max_tokens, model, request_id)
+        if body.echo:
+            texts = [self._text_of(prompt, body) for prompt in _as_batch(body.prompt)]
+            job.echo[:] = [texts[prompt] for prompt in job.prompts_of]
+        return job
 
     async def respond(self, job: Job, request: Request) -> JsonResponse | EventStream:
         """Run a job. Errors before the first token are raised, so that they get a status of their own."""
@@ -101,9 +106,10 @@ class Service:
         log_fields["prompt_tokens"] = usage.prompt_tokens
         self.lifecycle.admit(len(job.choices))
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
-        with self.lifecycle.opened(len(job.choices)):
+        with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
             async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
                 async for delta in deltas:
+                    started()
                     cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
                     usage.cached_tokens = sum(cached.values())
                     usage.completion_tokens += delta.num_tokens
@@ -112,6 +118,17 @@ class Service:
                         log_fields["ttft_ms"] = round((time.monotonic() - arrival_s) * 1e3)
                     log_fields["completion_tokens"] = usage.completion_tokens
                     yield delta
+
+    async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        if not prompt:
+            raise BadPrompt(
+                "a prompt must have at least one character, got none: to start from nothing,"
+                " send the token id of <bos>",
+                "prompt",
+            )
+        return await self.prompts.encode(prompt, limit=self.engine.info.max_model_len)
 
     def _job(
         self,
@@ -128,7 +145,10 @@ class Service:
                 " send several bodies",
                 param="n",
             )
-        seed = secrets.randbelow(MAX_SEED - MAX_CHOICES) if body.seed is None else body.seed
+        last_seed = MAX_SEED - body.n + 1  # choice i uses seed + i
+        seed = secrets.randbelow(last_seed) if body.seed is None else body.seed
+        if not 0 <= seed <= last_seed:
+            raise BadSampling(f"seed must be in [0, 2^63 - n], got {seed}: choose another", "seed")
         now, name = time.monotonic(), uuid4().hex
         choices = []
         for index in range(len(prompts) * body.n):
@@ -141,14 +161,15 @@ class Service:
                 cache_salt=body.cache_salt,
                 arrival_s=now,
             )
-            info = self.engine.info
-            check_request(request, max_model_len=info.max_model_len, vocab_size=info.vocab_size)
+            if draw == 0:  # the others differ in their seed alone
+                info = self.engine.info
+                check_request(request, max_model_len=info.max_model_len, vocab_size=info.vocab_size)
             choices.append(Choice(index, request, self._detokenizer(body)))
         options = body.stream_options
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return Job(
             choices=choices,
-            echo=[self._echo(body, choice) for choice in choices],
+            echo=[""] * len(choices),
             frame=Format(
                 kind, f"{prefix}-{body.request_id or request_id}", model, int(time.time()), self.fingerprint
             ),
@@ -168,11 +189,11 @@ class Service:
             min_tokens=body.min_tokens,
         )
 
-    def _echo(self, body: GenerationRequest, choice: Choice) -> str:
-        if not isinstance(body, CompletionRequest) or not body.echo:
-            return ""
+    def _text_of(self, prompt: str | list[int], body: GenerationRequest) -> str:
+        if isinstance(prompt, str):
+            return prompt  # as it was sent: clients cut it off by its length
         detokenizer = Detokenizer(self.prompts.token_bytes, skip_special_tokens=body.skip_special_tokens)
-        return detokenizer.feed(choice.request.prompt_ids) + detokenizer.flush()
+        return detokenizer.feed(prompt) + detokenizer.flush()
 
 
 def _as_batch(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:

@@ -6,6 +6,7 @@ Precedence: flag, variable, file, default. A key or variable that is not an opti
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +28,9 @@ from cabochon.server.config import ServerConfig
 Config = TypeVar("Config", ServerConfig, EngineConfig)
 PREFIX = "CABOCHON_"
 CONFIG_FLAG = "config"
+SERVICE_LINK = re.compile(
+    PREFIX + r"(SERVICE_(HOST|PORT\w*)=.*|PORT_\d+_(TCP|UDP|SCTP)\w*=.*|PORT=(tcp|udp|sctp)://.*)", re.DOTALL
+)
 
 
 class Settings(NamedTuple):
@@ -39,7 +43,7 @@ class Settings(NamedTuple):
 def load_settings(args: Sequence[str]) -> Settings:
     """args: flags, such as ["--max-seqs", "8", "--config", "file.yaml"]. Raises ConfigError."""
     file, flags = _take_config_flag(list(args))
-    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in _variables()]
+    unknown = [name for name in _environment() if name not in _variables()]
     if unknown:
         raise ConfigError(_not_an_option(unknown[0], sorted(_variables())))
     values = {**_from_file(file), **_from_environment(), **_from_flags(flags)}
@@ -112,7 +116,18 @@ class _PlainSettings(BaseSettings):
 
 
 def _from_environment() -> dict[str, Any]:
-    return dict(EnvSettingsSource(_model(), env_prefix=PREFIX)())
+    present = _environment()
+    given = EnvSettingsSource(_model(), env_prefix=PREFIX)()
+    return {name: value for name, value in given.items() if PREFIX + name.upper() in present}
+
+
+def _environment() -> list[str]:
+    """Our variables, without those that Kubernetes adds for a Service that is called cabochon."""
+    return [
+        name
+        for name, value in os.environ.items()
+        if name.startswith(PREFIX) and not SERVICE_LINK.fullmatch(f"{name}={value}")
+    ]
 
 
 def _from_flags(flags: list[str]) -> dict[str, Any]:
@@ -144,7 +159,7 @@ def _from_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"--config must name a YAML file, {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `option: value` lines, it holds a {type(content).__name__}")

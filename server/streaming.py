@@ -14,6 +14,7 @@ from cabochon.server.errors import ApiError
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 JSON_TYPE = "application/json"
+SEND_TIMEOUT_S = 60.0  # no byte taken for that long: the client has gone, or holds a place that others need
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -37,7 +38,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
     What Content-Length says is only believed when it is bad news.
     """
-    kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         raise ApiError(
             f"Content-Type must be {JSON_TYPE}: set this header", status=415, code="unsupported_media_type"
@@ -99,7 +100,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await or_disconnect(receive, self._send_all(send))
-        except (ClientDisconnect, OSError):
+        except (ClientDisconnect, OSError):  # TimeoutError is one: who does not read counts as gone
             pass  # the source is closed below, which aborts its requests
         finally:
             await self._events.aclose()
@@ -107,5 +108,6 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._events:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

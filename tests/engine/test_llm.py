@@ -154,6 +154,11 @@ def test_a_pool_too_small_for_the_context_is_refused(tiny_gemma2_dir: Path) -> N
         tiny(tiny_gemma2_dir, max_model_len=513)
 
 
+def test_fp16_is_refused(tiny_gemma2_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype must be auto, bf16 or fp32, got fp16: Gemma overflows"):
+        tiny(tiny_gemma2_dir, dtype="fp16")
+
+
 def test_the_demo_continues_a_sentence(demo_dir: Path) -> None:
     llm = LLM("demo", dtype="bf16", kv_cache_gib=0.2)
     answer = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))[0]

@@ -104,6 +104,18 @@ def test_equals_the_dense_definition_across_tiles(window: int | None) -> None:
     torch.testing.assert_close(out.double(), case.truth(cap=50.0, window=window), atol=2e-5, rtol=0)
 
 
+def test_gemma2s_window_is_4096_keys_and_the_query_is_one_of_them() -> None:
+    case = Case([(4094, 1), (4095, 1), (4096, 1), (4097, 1), (4090, 10)], heads=2, kv_heads=1)
+    case.q.zero_()  # all visible keys weigh the same, so one more or less shows
+    case.v = [v + 1 for v in case.v]
+    case.v_pages[1:] += 1
+    out = case.run(cap=50.0, window=4096, num_decodes=4)
+    torch.testing.assert_close(out.double(), case.truth(cap=50.0, window=4096), atol=2e-5, rtol=0)
+    for window in (4095, 4097):
+        wrong = case.run(cap=50.0, window=window, num_decodes=4)
+        assert (wrong[3] - out[3]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("cap", [None, 50.0])
 @pytest.mark.parametrize("window", [None, 3, 300])
 def test_a_decode_is_bitwise_the_last_row_of_a_prefill(cap: float | None, window: int | None) -> None:

@@ -336,3 +336,8 @@ def test_cached_tokens_are_reported_once_per_prompt(live: LiveServer) -> None:
     usage = live.complete([[300] * 20, [301] * 20], n=2, max_tokens=1).json()["usage"]
     assert usage["prompt_tokens"] == 40
     assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+def test_echo_is_the_text_as_it_was_sent(live: LiveServer) -> None:
+    text = "<start_of_turn>user ▁world"
+    assert live.complete(text, max_tokens=1, echo=True).json()["choices"][0]["text"].startswith(text)

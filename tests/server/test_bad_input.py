@@ -61,7 +61,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ({"n": 0}, "n"),
-    ({"n": 65}, "n"),
+    ({"n": 129}, "n"),
     ({"n": "2"}, "n"),
     ({"seed": -1}, "seed"),
     ({"seed": 2**63}, "seed"),
@@ -150,7 +150,7 @@ PROMPTS: list[Any] = [
     [2**70],
     [[1], "a"],
     {},
-    ["a"] * 65,
+    ["a"] * 129,
 ]
 
 
@@ -159,9 +159,11 @@ def test_wrong_prompts_are_named(shared: LiveServer, prompt: Any) -> None:
     assert error_of(shared.post(COMPLETIONS, {"prompt": prompt}))["param"].startswith("prompt")
 
 
-def test_an_empty_text_is_the_bos_token(live: LiveServer) -> None:
-    assert live.complete("", max_tokens=1).status_code == 200
-    assert live.engine.seen[0].prompt_ids == [2]
+@pytest.mark.parametrize("prompt", ["", ["hello", ""]], ids=["one", "in a batch"])
+def test_an_empty_prompt_says_how_to_start_from_nothing(shared: LiveServer, prompt: Any) -> None:
+    error = error_of(shared.complete(prompt))
+    assert (error["param"], error["code"]) == ("prompt", "invalid_prompt")
+    assert "send the token id of <bos>" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +184,9 @@ def test_a_body_made_to_be_slow_is_refused_soon(shared: LiveServer, content: byt
 
 
 def test_too_many_choices_of_a_batch_are_refused(shared: LiveServer) -> None:
-    error = error_of(shared.complete(["a"] * 33, n=2))
+    error = error_of(shared.complete(["a"] * 65, n=2))
     assert error["param"] == "n"
-    assert "33 · 2" in error["message"]
+    assert "65 · 2" in error["message"]
 
 
 @pytest.mark.parametrize("field", ["suffix", "best_of"])
@@ -304,3 +306,34 @@ def test_no_log_line_has_a_users_text(live: LiveServer, caplog: pytest.LogCaptur
     assert "request id=" in caplog.text
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("cabochon")]
     assert not [line for line in ours if "secret" in line]
+
+
+def test_lists_that_are_too_long_say_how_long_they_may_be(shared: LiveServer) -> None:
+    for prompt in (["a"] * 129, [[5]] * 129):
+        assert "prompt must be at most 128 prompts, got 129" in error_of(shared.complete(prompt))["message"]
+    error = error_of(shared.complete(stop=["a"] * 10_000))
+    assert error["message"] == "stop must have at most 16 strings, got 10000: send fewer"
+    tokens = {"tokens": [5] * 1025}
+    assert (
+        "tokens must have at most 1024 ids, got 1025"
+        in error_of(shared.post("/detokenize", tokens))["message"]
+    )
+
+
+def test_errors_of_a_chat_name_its_own_fields(shared: LiveServer) -> None:
+    assert error_of(shared.chat("hello " * 600))["param"] == "messages"
+    assert error_of(shared.chat(max_tokens=5000))["param"] == "max_tokens"
+    assert error_of(shared.chat(max_completion_tokens=5000))["param"] == "max_completion_tokens"
+
+
+def test_numbers_beyond_every_integer_type_are_refused(shared: LiveServer) -> None:
+    for name in ("top_k", "seed", "max_tokens", "min_tokens", "priority", "n"):
+        for value in (2**31, 2**64, 10**300, -(2**64)):
+            if not (name == "seed" and value == 2**31):
+                assert error_of(shared.complete(**{name: value}))["param"] == name
+    assert error_of(shared.complete(seed=2**63 - 1, n=2))["param"] == "seed"
+
+
+def test_a_body_must_be_declared_as_json(live: LiveServer) -> None:
+    answer = live.http.post(COMPLETIONS, content=b'{"prompt": "hello"}')
+    assert answer.status_code == 415

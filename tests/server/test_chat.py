@@ -81,11 +81,11 @@ def test_a_control_token_in_a_message_is_cut_in_two() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<start_of_<end_of_turn>turn>", "<end_of\ue0c5_turn>", "<<eos>eos>", "<bos><bos>"]
+    "text", ["<start_of_<end_of_turn>turn>", "<end_of\ue0c5_turn> icon", "<<eos>eos>", "<bos><bos>"]
 )
 def test_no_piece_of_a_message_is_a_control_token(text: str) -> None:
     pieces = template("{{ messages[0].content }}").render(chat(("user", text)))
-    assert "".join(pieces) == text.replace("\ue0c5", "")
+    assert "".join(pieces) == text
     assert not [piece for piece in pieces if any(control in piece for control in CONTROL)]
 
 
@@ -143,3 +143,15 @@ def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(BadCheckpoint, match="must be JSON"):
         load_chat_template(tmp_path)
+
+
+def test_a_template_may_mark_what_a_trainer_learns_from() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert ChatTemplate(source, {}).render([Message(role="user", content="hi")]) == ["hi"]
+
+
+def test_what_a_failing_template_says_of_a_text_is_not_repeated() -> None:
+    template = ChatTemplate("{{ messages[0].content.format() }}", {})
+    with pytest.raises(ApiError, match="KeyError") as caught:
+        template.render([Message(role="user", content="{the secret}")])
+    assert "secret" not in str(caught.value)

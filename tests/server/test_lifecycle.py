@@ -43,7 +43,7 @@ def test_before_the_first_measurement_nobody_is_refused() -> None:
 
 def test_every_choice_counts_as_an_open_request() -> None:
     one = lifecycle(max_queued_requests=4)
-    with one.opened(3):
+    with one.opened(3, 30):
         one.admit(1)
         with pytest.raises(Overloaded, match="at most 4 requests may be open, 3 are"):
             one.admit(2)
@@ -96,7 +96,7 @@ def test_a_draining_server_refuses_new_requests_and_finishes_old_ones(live: Live
 def test_a_drain_has_a_deadline() -> None:
     async def run() -> bool:
         one = lifecycle(drain_timeout_s=0.05)
-        with one.opened(1):
+        with one.opened(1, 10):
             return await one.drain()
 
     assert asyncio.run(run()) is False
@@ -107,7 +107,7 @@ def test_a_drain_does_not_wait_for_a_dead_engine() -> None:
         engine = FakeEngine()
         engine.die()
         one = lifecycle(engine, drain_timeout_s=1000)
-        with one.opened(1):
+        with one.opened(1, 10):
             return await one.drain()
 
     assert asyncio.run(run()) is False
@@ -115,3 +115,16 @@ def test_a_drain_does_not_wait_for_a_dead_engine() -> None:
 
 def test_a_drain_of_an_idle_server_ends_at_once() -> None:
     assert asyncio.run(lifecycle(drain_timeout_s=1000).drain())
+
+
+def test_requests_that_the_last_snapshot_does_not_know_count_as_queued() -> None:
+    engine = FakeEngine()
+    engine.snapshot = replace(engine.snapshot, queued_tokens=0, prefill_tokens_per_s=100.0)
+    one = lifecycle(engine, max_queue_wait_s=2)
+    with one.opened(1, 150) as started:
+        one.admit(1)
+        with one.opened(1, 100), pytest.raises(Overloaded, match="predicted wait must be at most 2 s"):
+            one.admit(1)
+        started()
+        with one.opened(1, 100):
+            one.admit(1)

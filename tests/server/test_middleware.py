@@ -37,13 +37,17 @@ async def crash_late(_scope: Scope, _receive: Receive, send: Send) -> None:
     raise RuntimeError("a bug")
 
 
-def test_a_bug_is_a_500_with_an_id_and_a_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_is_a_500_with_an_id_and_its_place_but_not_its_words_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     start, body = call(crash)
     assert start["status"] == 500
     headers = dict(start["headers"])
     assert json.loads(body["body"])["error"]["code"] == "internal_error"
     assert f"request failed id={headers[b'x-request-id'].decode()}" in caplog.text
-    assert "RuntimeError: a bug" in caplog.text
+    assert "error=RuntimeError at" in caplog.text
+    assert "in crash" in caplog.text
+    assert "RuntimeError: a bug" not in caplog.text  # words of an exception may be words of a user
 
 
 def test_a_bug_after_the_start_adds_no_second_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,3 +101,12 @@ def test_plain_lines_are_for_people(root_logger: logging.Logger, capsys: pytest.
     logging.getLogger("cabochon.x").warning("hello %d", 1)
     logging.getLogger("cabochon.x").info("not shown")
     assert capsys.readouterr().err.rstrip().endswith("WARNING cabochon.x hello 1")
+
+
+def test_a_path_cannot_forge_a_line(live: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cabochon")
+    live.http.get("/nope%0Aforged%1b[31m" + "x" * 1000)
+    (record,) = [r for r in caplog.records if r.name == "cabochon.server.middleware"]
+    assert "\n" not in record.getMessage()
+    assert "\x1b" not in record.getMessage()
+    assert len(record.getMessage()) < 600

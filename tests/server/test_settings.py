@@ -123,3 +123,28 @@ def test_help_lists_every_option() -> None:
     text = option_help()
     for name in ("--max-seqs", "--served-model-name", "--drain-timeout-s"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        ("CABOCHON_SERVICE_HOST", "10.0.0.1"),
+        ("CABOCHON_SERVICE_PORT_HTTP", "8000"),
+        ("CABOCHON_PORT", "tcp://10.0.0.1:8000"),
+        ("CABOCHON_PORT_8000_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_what_kubernetes_adds_for_a_service_of_that_name_is_no_option(
+    monkeypatch: pytest.MonkeyPatch, variable: tuple[str, str]
+) -> None:
+    monkeypatch.setenv(*variable)
+    monkeypatch.setenv("CABOCHON_MAX_SEQS", "7")
+    assert load_settings([]).server.port == 8000
+    assert load_settings([]).engine.max_seqs == 7
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"model: \xff\xfe\x00\xe9\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(["--config", str(file)])

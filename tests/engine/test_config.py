@@ -1,0 +1,91 @@
+"""Every option out of range is refused with its message; the borders themselves are accepted."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from cabochon.engine.config import EngineConfig
+from cabochon.engine.errors import ConfigError
+
+DTYPE = "dtype must be auto, bf16 or fp32, got {}: Gemma overflows in fp16, use bf16"
+PAGE = "page_tokens must be a power of two, got {}: 16 is usual"
+SEQS = "max_seqs must be at least 1, got {}: raise it"
+STEP = (
+    "step_tokens must be at least max_seqs = 64, a token for every running request, got {}:"
+    " raise step_tokens or lower max_seqs"
+)
+LENGTH = "max_model_len must be at least 2 (one in, one out), got {}: raise it"
+POOL = "kv_cache_gib must be a positive number of GiB, got {}: correct it"
+THREADS = "threads must be at least 1, got {}: leave it out for all cores"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("dtype", "fp16", DTYPE),
+        ("dtype", None, DTYPE),
+        ("page_tokens", 0, PAGE),
+        ("page_tokens", -16, PAGE),
+        ("page_tokens", 3, PAGE),
+        ("page_tokens", 24, PAGE),
+        ("max_seqs", 0, SEQS),
+        ("max_seqs", -1, SEQS),
+        ("step_tokens", 63, STEP),
+        ("step_tokens", 0, STEP),
+        ("max_model_len", 1, LENGTH),
+        ("max_model_len", 0, LENGTH),
+        ("max_model_len", -5, LENGTH),
+        ("kv_cache_gib", 0, POOL),
+        ("kv_cache_gib", -1.5, POOL),
+        ("kv_cache_gib", 4096, POOL),
+        ("kv_cache_gib", math.nan, POOL),
+        ("kv_cache_gib", math.inf, POOL),
+        ("kv_cache_gib", -math.inf, POOL),
+        ("threads", 0, THREADS),
+        ("threads", -2, THREADS),
+    ],
+)
+def test_a_value_out_of_range_is_refused(option: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message.format(value))}$"):
+        EngineConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dtype", "auto"),
+        ("dtype", "bf16"),
+        ("dtype", "fp32"),
+        ("page_tokens", 1),
+        ("page_tokens", 512),
+        ("max_seqs", 1),
+        ("max_seqs", 512),
+        ("step_tokens", 64),
+        ("max_model_len", 2),
+        ("max_model_len", None),
+        ("kv_cache_gib", 1e-9),
+        ("kv_cache_gib", 4095.9),
+        ("threads", 1),
+        ("threads", None),
+    ],
+)
+def test_the_borders_are_accepted(option: str, value: object) -> None:
+    assert getattr(EngineConfig(**{option: value}), option) == value
+
+
+def test_more_running_requests_need_a_larger_step() -> None:
+    with pytest.raises(ConfigError, match=r"at least max_seqs = 513, .* got 512"):
+        EngineConfig(max_seqs=513)
+    assert EngineConfig(max_seqs=513, step_tokens=513).max_seqs == 513
+
+
+def test_a_changed_copy_is_validated_as_well() -> None:
+    with pytest.raises(ConfigError, match="page_tokens must be a power of two"):
+        dataclasses.replace(EngineConfig(), page_tokens=20)
+
+
+def test_nothing_assigns_to_a_config() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().max_seqs = 1  # type: ignore[misc]
