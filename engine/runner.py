@@ -41,7 +41,7 @@ class Runner:
         hidden = self._hidden(plan, rows)  # [T', E]
         prompts = self._prompt_logprobs(hidden, plan, rows)
         sampling = plan.rows[plan.samples]
-        last = hidden.index_select(0, torch.from_numpy((np.cumsum(plan.lens) - 1)[plan.samples]))  # [R, E]
+        last = _last_rows(hidden, plan)
         parts = [
             self._sample(last[start : start + LOGITS_ROWS], sampling[start : start + LOGITS_ROWS], rows)
             for start in range(0, len(sampling), LOGITS_ROWS)
@@ -62,8 +62,7 @@ class Runner:
         length = rows.num_tokens[row : row + 1]
         one = np.array([row], np.int32)
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
-        hidden = self._hidden(plan, rows)[int(length[0]) - 1 :][:1]
-        logits = self.logits(hidden)[0].float()
+        logits = self.logits(self.sampling_hidden(plan, rows))[0].float()
         cap = self._model.config.final_softcap
         return logits if cap is None else softcap_(logits, cap)
 
@@ -71,6 +70,10 @@ class Runner:
         """hidden: [R, E]. Returns [R, V], not softcapped."""
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE))
         return self._model.logits(padded)[: len(hidden)]
+
+    def sampling_hidden(self, plan: Plan, rows: Rows) -> Tensor:
+        """[R, E], the hidden rows whose next token is sampled."""
+        return _last_rows(self._hidden(plan, rows), plan)
 
     def _hidden(self, plan: Plan, rows: Rows) -> Tensor:
         """[T', E], every token of the plan, before the final norm."""
@@ -113,6 +116,10 @@ class Runner:
         if logits.dtype == torch.float32:
             return None
         return lambda row_idx, ids: self._model.exact_logits(hidden.index_select(0, row_idx), ids)
+
+
+def _last_rows(hidden: Tensor, plan: Plan) -> Tensor:
+    return hidden.index_select(0, torch.from_numpy((np.cumsum(plan.lens) - 1)[plan.samples]))  # [R, E]
 
 
 def _merged(parts: Iterable[dict[int, Value]]) -> dict[int, Value]:

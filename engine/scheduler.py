@@ -222,7 +222,7 @@ class Scheduler:
         computed = self._rows.num_computed[rows]
         is_decode = self._rows.num_tokens[rows] - computed == 1
         if self._late:
-            is_decode &= ~np.isin(rows, [request.row for request in self._late])
+            is_decode &= ~np.isin(rows, [request.row for request in self._late if request.row is not None])
         needs_page = is_decode & (computed % self._cache.page_tokens == 0)
         self._work.update(dict.fromkeys(rows[is_decode].tolist(), 1))
         for request in [self._running[i] for i in np.flatnonzero(needs_page)]:

@@ -15,12 +15,13 @@ from cabochon.engine.attention import AttentionInputs
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.llm import LLM
+from cabochon.engine.logprobs import ExactLogits
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
-from cabochon.engine.plan import Plan
+from cabochon.engine.plan import Plan, StepResult
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import LOGITS_ROWS, Runner
-from cabochon.engine.sampler import ExactLogits, Sampled, Sampler
+from cabochon.engine.sampler import Sampler
 from cabochon.engine.sampling_params import SamplingParams
 
 P = 4
@@ -58,10 +59,13 @@ class EchoModel:
 class EchoSampler:
     """The token of a row is its position; NaN rows are not finite."""
 
-    def sample(self, logits: Tensor, row_ids: np.ndarray, _: Rows, exact: ExactLogits | None) -> Sampled:
+    def prompt_logprobs(self, _: int) -> None:
+        return None
+
+    def sample(self, logits: Tensor, row_ids: np.ndarray, _: Rows, exact: ExactLogits | None) -> StepResult:
         assert len(logits) == len(row_ids)
         assert exact is None, "fp32 logits have no ties of rounding"
-        return Sampled(logits[:, 1].numpy().astype(np.int32), ~logits[:, 0].isnan().numpy())
+        return StepResult(logits[:, 1].numpy().astype(np.int32), ~logits[:, 0].isnan().numpy())
 
 
 def pages_of(config: ModelConfig, num_pages: int) -> KVPages:
@@ -193,7 +197,7 @@ def test_exact_logits_are_offered_where_logits_are_rounded(
     offered: list[ExactLogits | None] = []
     sample = Sampler.sample
 
-    def spy(self: Sampler, logits: Tensor, row_ids: np.ndarray, rows: Rows, exact: ExactLogits) -> Sampled:
+    def spy(self: Sampler, logits: Tensor, row_ids: np.ndarray, rows: Rows, exact: ExactLogits) -> StepResult:
         offered.append(exact)
         return sample(self, logits, row_ids, rows, exact)
 
