@@ -20,9 +20,11 @@ class LimitedHead(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._is_in_head = True
         self._head_bytes = 0
+        self._read_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        """Bytes that leave the head unfinished count; those that finish it are at most one read."""
+        """Reads that end inside a head count; the one that ended the message before it does not."""
+        self._read_bytes = len(data)
         super().data_received(data)
         self._head_bytes = self._head_bytes + len(data) if self._is_in_head else 0
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -37,5 +39,5 @@ class LimitedHead(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The parser's call: the next bytes are a head again."""
         self._is_in_head = True
-        self._head_bytes = 0
+        self._head_bytes = -self._read_bytes
         super().on_message_complete()

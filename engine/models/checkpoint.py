@@ -63,12 +63,12 @@ class Checkpoint:
         if not index.is_file():
             return sorted(self._directory.glob("*.safetensors"))
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return sorted(self._directory / name for name in names)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BadCheckpoint(
                 f"{index.name} must map tensors to files, it does not: download it again"
             ) from error
-        return [self._directory / name for name in names]
 
     def _open(self, path: Path) -> Any:
         try:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Gemma2Config, Gemma3TextConfig
 
 from cabochon.engine.errors import BadCheckpoint, UnsupportedModel
@@ -12,6 +13,7 @@ from cabochon.engine.models.config import ModelConfig
 CLASSES: dict[str, Any] = {"gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 SUPPORTED = "Gemma 2 (model_type gemma2) and Gemma 3 text (gemma3_text)"
 GELU_TANH = "gelu_pytorch_tanh"
+LAYER_TYPES = {"sliding_attention", "full_attention"}
 
 
 def load_model_config(directory: Path) -> ModelConfig:
@@ -19,7 +21,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     raw = _read_json(directory / "config.json")
     if raw is None:
         raise BadCheckpoint(f"a model directory must have config.json, {directory} has none: complete it")
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     if model_type not in CLASSES:
         raise UnsupportedModel(
             f"model_type must be one of {SUPPORTED}, this checkpoint's is {model_type} ({_names(raw)}):"
@@ -27,8 +29,11 @@ def load_model_config(directory: Path) -> ModelConfig:
         )
     try:
         config = CLASSES[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError) as error:
-        raise BadCheckpoint(f"config.json must be a valid {model_type} configuration: {error}") from error
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
+        raise BadCheckpoint(
+            f"config.json must be a valid {model_type} configuration, it is not"
+            f" ({' '.join(str(error).split())}): download it again"
+        ) from error
     _refuse_what_we_do_not_run(config, raw)
     generation = _read_json(directory / "generation_config.json") or {}
     return _translate(config, model_type, generation)
@@ -57,6 +62,7 @@ def _refuse_what_we_do_not_run(config: Any, raw: dict[str, Any]) -> None:
         ("attention_bias", not config.attention_bias, "false"),
         ("tie_word_embeddings", config.tie_word_embeddings, "true: the output head is the embedding"),
         ("use_bidirectional_attention", not getattr(config, "use_bidirectional_attention", None), "false"),
+        ("layer_types", LAYER_TYPES.issuperset(config.layer_types), " or ".join(sorted(LAYER_TYPES))),
         (
             "sliding_window",
             isinstance(config.sliding_window, int) and config.sliding_window > 0,
@@ -67,6 +73,8 @@ def _refuse_what_we_do_not_run(config: Any, raw: dict[str, Any]) -> None:
             given = raw.get(name, getattr(config, name, None))
             if isinstance(given, dict):
                 given = given.get("quant_method", "an object")
+            elif isinstance(given, list):
+                given = ", ".join(dict.fromkeys(given))
             raise UnsupportedModel(
                 f"{name} must be {wanted}, this checkpoint has {given}: choose another model"
             )
@@ -75,6 +83,8 @@ def _refuse_what_we_do_not_run(config: Any, raw: dict[str, Any]) -> None:
 def _translate(config: Any, model_type: str, generation: dict[str, Any]) -> ModelConfig:
     is_gemma3 = model_type == "gemma3_text"
     sliding, full = _rope(config, "sliding_attention"), _rope(config, "full_attention")
+    _refuse_scaling(sliding, "sliding", "default")
+    _refuse_scaling(full, "global", "default", "linear")
     eos = [*_as_list(config.eos_token_id), *_as_list(generation.get("eos_token_id"))]
     return ModelConfig(
         architecture="Gemma3ForCausalLM" if is_gemma3 else "Gemma2ForCausalLM",
@@ -93,7 +103,7 @@ def _translate(config: Any, model_type: str, generation: dict[str, Any]) -> Mode
         is_sliding=tuple(kind == "sliding_attention" for kind in config.layer_types),
         rope_theta_sliding=float(sliding["rope_theta"]),
         rope_theta_global=float(full["rope_theta"]),
-        rope_factor_global=_linear_factor(full),
+        rope_factor_global=float(full["factor"]) if full.get("rope_type") == "linear" else 1.0,
         has_qk_norm=is_gemma3,
         max_model_len=config.max_position_embeddings,
         eos_token_ids=tuple(dict.fromkeys(eos)),
@@ -108,15 +118,14 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
     return of_kind
 
 
-def _linear_factor(rope: dict[str, Any]) -> float:
+def _refuse_scaling(rope: dict[str, Any], layers: str, *allowed: str) -> None:
+    """Gemma 2 has one set of parameters: to scale its global layers is to scale its sliding ones, too."""
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return 1.0
-    if kind == "linear":
-        return float(rope["factor"])
-    raise UnsupportedModel(
-        f"rope_type must be default or linear, this checkpoint has {kind}: choose another model"
-    )
+    if kind not in allowed:
+        raise UnsupportedModel(
+            f"rope_type must be {' or '.join(allowed)} in {layers} layers, this checkpoint has {kind}:"
+            " choose another model"
+        )
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -27,6 +28,7 @@ DEMO = "demo"
 DEMO_DIRECTORY = "demo-gemma-3-270m-1-a5fd3b62"  # converter's version and the start of the GGUF's SHA-256
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HUB_FOLDERS = ["*/*"]  # a training's checkpoints: gigabytes that nobody reads
 HOW_TO_CONVERT = "convert it with transformers' save_pretrained(safe_serialization=True)"
 
 
@@ -82,7 +84,9 @@ def _check_files(directory: Path) -> None:
 def _download(repo: str, revision: str | None) -> Path:
     page = f"https://huggingface.co/{repo}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_FOLDERS)
+        )
     except GatedRepoError as error:
         raise ModelNotFound(
             f"{repo} is gated and this account may not read it: accept its terms at {page}, then set HF_TOKEN"
@@ -99,8 +103,30 @@ def _download(repo: str, revision: str | None) -> Path:
         raise ModelNotFound(
             f"a model must be `demo`, a directory, or a Hub id such as google/gemma-2-2b-it, got {repo}"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        raise _unreachable(repo, error) from error
+    except OSError as error:
         raise ModelNotFound(
-            f"{repo} is not in the local cache and the Hub cannot be reached ({type(error).__name__}):"
-            " check the network, or pass a directory, or `demo`"
+            f"{repo} must be stored in the local cache, that failed ({error}): check disk space and"
+            " permissions, or set HF_HOME to another folder"
         ) from error
+    except RuntimeError as error:  # hf_xet's word for everything
+        raise ModelNotFound(
+            f"{repo} must be fetched from the Hub's Xet storage, that failed ({error}): check the network, or"
+            " set HF_HUB_DISABLE_XET=1 to fetch it over plain HTTP"
+        ) from error
+
+
+def _unreachable(repo: str, error: Exception) -> ModelNotFound:
+    """The Hub's answer is the error itself or its cause. When it refuses a token, the network is fine."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        reason = cause.response.headers.get("X-Error-Message", "no reason given")
+        return ModelNotFound(
+            f"the Hub must let this account read {repo}, it answered {cause.response.status_code} ({reason}):"
+            " set HF_TOKEN to a valid token that may read it"
+        )
+    return ModelNotFound(
+        f"{repo} is not whole in the local cache and the Hub cannot be reached ({type(cause).__name__}):"
+        " check the network, or pass a directory, or `demo`"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cabochon.engine.errors import EngineError
 from cabochon.engine.llm import LLM
@@ -38,7 +38,7 @@ def verify(model: str, *, output_tokens: int = OUTPUT_TOKENS) -> bool:
     directory = locate(model)
     llm = LLM(str(directory), dtype="fp32", kv_cache_gib=0.5, max_seqs=len(PROMPTS))
     oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    oracle.generation_config.eos_token_id = None
+    oracle.generation_config = GenerationConfig()  # not the checkpoint's: its penalties are no part of greedy
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     is_fine = True
     for prompt in tqdm(PROMPTS, desc="Verifying", unit="prompt", delay=1):

@@ -10,11 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cabochon.engine.channel import FrameReader, encode
 from cabochon.engine.client import EngineClient
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import BadPrompt, EngineDead, RequestError, UnsupportedModel
-from cabochon.engine.messages import Abort, GenerateRequest, RequestOutput, StepOutput, Submit
+from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.sampling_params import SamplingParams
 
 CONFIG = EngineConfig(
@@ -190,16 +189,3 @@ def test_the_engine_ends_when_its_server_is_killed(tiny_gemma2_dir: Path) -> Non
     while psutil.pid_exists(engine) and psutil.Process(engine).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the engine outlives its server"
         time.sleep(0.05)
-
-
-def test_frames_survive_any_cut() -> None:
-    messages = [
-        Submit(request=request("a")),
-        Abort(request_id="b"),
-        StepOutput(outputs=[RequestOutput(request_id="a", token_ids=[1, 2], finish_reason="stop")]),
-    ]
-    data = b"".join(map(encode, messages))
-    for size in (1, 2, 3, 7, 50, len(data)):
-        reader = FrameReader()
-        got = [m for i in range(0, len(data), size) for m in reader.feed(data[i : i + size])]
-        assert got == messages
