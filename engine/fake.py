@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from cabochon.engine.admission import check_request
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import EngineDead, EngineError
-from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput, StepOutput
+from cabochon.engine.messages import (
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestOutput,
+    StepOutput,
+    TokenLogprobs,
+)
 
 FAKE_INFO = EngineInfo(
     model="fake",
@@ -31,6 +38,13 @@ FAKE_INFO = EngineInfo(
     weight_bytes=0,
     load_s=0.0,
 )
+
+
+def fake_logprobs(token_id: int, count: int) -> TokenLogprobs:
+    """−token / 1000; the likeliest are the token itself and its successors."""
+    return TokenLogprobs(
+        -token_id / 1000, [token_id + i for i in range(count)], [-(token_id + i) / 1000 for i in range(count)]
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,9 +176,13 @@ class FakeEngine(Engine):
         for index in range(made, min(made + self.faults.tokens_per_step, max_tokens)):
             token_id = prompt[index % len(prompt)]
             output.token_ids.append(token_id)
+            if params.logprobs is not None:
+                output.logprobs = [*(output.logprobs or ()), fake_logprobs(token_id, params.logprobs)]
             if token_id in stop_ids and index >= params.min_tokens:
                 output.finish_reason, output.stop_token_id = "stop", token_id
                 return output
+        if made == 0 and params.prompt_logprobs is not None:
+            output.prompt_logprobs = [fake_logprobs(one, params.prompt_logprobs) for one in prompt[1:]]
         if made + len(output.token_ids) >= max_tokens:
             output.finish_reason = "length"
         return output

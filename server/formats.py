@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cabochon.engine.detokenizer import TokenBytes
 from cabochon.server.generation import Delta
+from cabochon.server.logprobs import ScoredTokens, chat_logprobs, completion_logprobs
 
 
 @dataclass(slots=True)
@@ -33,17 +35,30 @@ class Format:
     model: str  # as the client named it
     created: int
     fingerprint: str
+    token_bytes: TokenBytes
 
-    def whole(self, texts: list[str], reasons: list[str | None], usage: Usage) -> dict[str, Any]:
+    def whole(
+        self,
+        texts: list[str],
+        reasons: list[str | None],
+        scored: list[ScoredTokens | None],
+        usage: Usage,
+    ) -> dict[str, Any]:
         """The answer to a body without `stream`."""
-        choices = [self._choice(index, text, reasons[index]) for index, text in enumerate(texts)]
+        choices = [
+            self._choice(index, text, reasons[index], self._logprobs(scored[index], 0))
+            for index, text in enumerate(texts)
+        ]
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self._frame(name), "choices": choices, "usage": usage.as_json()}
 
-    def chunk(self, delta: Delta, *, is_first: bool, usage: dict[str, Any]) -> dict[str, Any]:
-        """One event. usage: {} or {"usage": ...}."""
+    def chunk(
+        self, delta: Delta, *, is_first: bool, usage: dict[str, Any], offset: int = 0
+    ) -> dict[str, Any]:
+        """One event. usage: {} or {"usage": ...}. offset: characters of the tokens of chunks before."""
+        logprobs = self._logprobs(delta.scored, offset)
         if self.kind == "completion":
-            choice = self._choice(delta.index, delta.text, delta.finish_reason)
+            choice = self._choice(delta.index, delta.text, delta.finish_reason, logprobs)
             return {**self._frame("text_completion"), "choices": [choice], **usage}
         content: dict[str, Any] = {"role": "assistant"} if is_first else {}
         if delta.text or is_first:
@@ -51,7 +66,7 @@ class Format:
         choice = {
             "index": delta.index,
             "delta": content,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
         }
         return {**self._frame("chat.completion.chunk"), "choices": [choice], **usage}
@@ -61,11 +76,20 @@ class Format:
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return {**self._frame(name), "choices": [], "usage": usage.as_json()}
 
-    def _choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         if self.kind == "completion":
-            return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, scored: ScoredTokens | None, offset: int) -> dict[str, Any] | None:
+        if scored is None:
+            return None
+        if self.kind == "chat":
+            return chat_logprobs(scored, self.token_bytes)
+        return completion_logprobs(scored, self.token_bytes, offset)
 
     def _frame(self, name: str) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
 from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput
+from cabochon.server.logprobs import ScoredTokens
 from cabochon.server.metrics import Metrics
 
 
@@ -21,6 +22,7 @@ class Delta:
     num_tokens: int
     cached_tokens: int
     finish_reason: FinishReason | None
+    scored: ScoredTokens | None = None  # the tokens of `text` (and first of an echoed prompt), if asked for
 
 
 @dataclass(slots=True)
@@ -30,6 +32,7 @@ class Choice:
     index: int
     request: GenerateRequest
     detokenizer: Detokenizer
+    is_echo_only: bool = False  # max_tokens is 0: the one token that the engine makes is not shown
     num_tokens: int = 0
     last_token_s: float = field(default=0.0)
 
@@ -110,4 +113,18 @@ def _delta(choice: Choice, output: RequestOutput) -> Delta:
         text += detokenizer.flush()
     if detokenizer.stop_string is not None:
         finish_reason = "stop"
-    return Delta(choice.index, text, len(output.token_ids), output.cached_tokens, finish_reason)
+    scored = _scored(choice, output, 0 if choice.is_echo_only else len(shown))
+    if choice.is_echo_only:
+        return Delta(choice.index, "", 0, output.cached_tokens, "length", scored)
+    return Delta(choice.index, text, len(output.token_ids), output.cached_tokens, finish_reason, scored)
+
+
+def _scored(choice: Choice, output: RequestOutput, num_shown: int) -> ScoredTokens | None:
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return None
+    scored = ScoredTokens()
+    if output.prompt_logprobs is not None:
+        scored.extend(choice.request.prompt_ids, [None, *output.prompt_logprobs])
+    if output.logprobs is not None:
+        scored.extend(output.token_ids[:num_shown], output.logprobs[:num_shown])
+    return scored

@@ -3,11 +3,12 @@
 A field that is null counts as absent, at every depth. Types are strict: "0.5" is no number, true no integer.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cabochon.engine.sampling_params import MAX_LOGPROBS, Grammar
 from cabochon.server.errors import ApiError
 
 MAX_STOP_STRINGS = 16
@@ -15,6 +16,7 @@ MAX_STOP_CHARS = 256
 MAX_NAME_CHARS = 64  # of an unknown field that an error repeats
 MAX_CHOICES = 128  # n, and prompts · n of one body
 # Bounds on what pydantic gets to see: it holds the GIL, and reports on every entry of a list it cannot use.
+SCHEMAS = frozenset({"schema", "json", "parameters"})  # fields in which a null is a value
 MAX_ITEMS = 32768  # entries of all objects, and items of all lists of anything but integers, in a body
 
 # Accepted, and of no effect on a self-hosted model.
@@ -35,13 +37,10 @@ NO_EFFECT = frozenset(
 )
 # Not implemented yet: fine as long as the value asks for nothing.
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
     "best_of": (1,),
@@ -60,6 +59,86 @@ class StreamOptions(_Strict):
 
     include_usage: bool = False  # a last chunk with the usage
     continuous_usage_stats: bool = False  # the usage on every chunk
+
+
+class TextFormat(_Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+    def grammar(self) -> None:
+        """Nothing binds it."""
+
+
+class JsonFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+    def grammar(self) -> Grammar:
+        """An object with anything in it."""
+        return _schema({"type": "object"}, "response_format")
+
+
+class JsonSchema(_Strict):
+    """OpenAI's wrapping of a JSON schema."""
+
+    name: Annotated[str, Field(max_length=256)] = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
+    strict: bool = Field(True, description="The schema is enforced in any case")
+
+
+class SchemaFormat(_Strict):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    def grammar(self) -> Grammar:
+        """The schema's."""
+        return _schema(self.json_schema.schema_, "response_format")
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's field of that name: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    grammar_: str | None = Field(None, alias="grammar", description="Lark, or GBNF")
+    json_object: bool | None = None
+
+    def grammar(self) -> Grammar:
+        """The one that is there. Raises ApiError if none or several are."""
+        given = {
+            name: value
+            for name, value in self.model_dump(by_alias=True).items()
+            if value not in (None, False)
+        }
+        if len(given) != 1:
+            raise ApiError(
+                "structured_outputs must have exactly one of json, regex, choice, grammar and json_object,"
+                f" got {len(given)}: send one",
+                param="structured_outputs",
+            )
+        ((name, value),) = given.items()
+        match name:
+            case "json":
+                return _schema(value, "structured_outputs")
+            case "json_object":
+                return _schema({"type": "object"}, "structured_outputs")
+            case "regex":
+                return Grammar(kind="regex", text=value)
+            case "choice":
+                words = " | ".join(msgspec.json.encode(word).decode() for word in value)
+                return Grammar(kind="lark", text=f"start: {words}")
+        return Grammar(kind="lark", text=value)
+
+
+def _schema(schema: dict[str, Any] | str, param: str) -> Grammar:
+    text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+    return Grammar(kind="json_schema", text=text, param=param)
 
 
 class GenerationRequest(_Strict):
@@ -87,6 +166,28 @@ class GenerationRequest(_Strict):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
+    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+    structured_outputs: StructuredOutputs | None = None
+
+    def grammar(self) -> Grammar | None:
+        """What the output must follow. Raises ApiError if two things are asked for."""
+        formats = self.response_format
+        asked = None if formats is None else formats.grammar()
+        if self.structured_outputs is None:
+            return asked
+        if asked is not None:
+            raise ApiError(
+                "only one of response_format and structured_outputs may ask for a form: leave one out",
+                param="structured_outputs",
+            )
+        return self.structured_outputs.grammar()
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report with each token; None: report nothing."""
+        raise NotImplementedError
 
     @property
     def stop_strings(self) -> list[str]:
@@ -121,6 +222,14 @@ class ChatRequest(GenerationRequest):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs: set it to true", param="top_logprobs")
+        return self.top_logprobs if self.logprobs else None
 
 
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
@@ -135,8 +244,19 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] = 16  # OpenAI's default
+    max_tokens: Annotated[int, Field(ge=0)] = 16  # OpenAI's default; 0 with echo
     echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _some_output(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("max_tokens must be at least 1 without echo, got 0: raise it", param="max_tokens")
+        return self
 
 
 class TokenizeRequest(_Strict):
@@ -205,7 +325,8 @@ class _Nulls:
     def removed(self, value: Any) -> Any:
         if isinstance(value, dict):
             self._count(len(value))
-            return {name: self.removed(item) for name, item in value.items() if item is not None}
+            kept = {name: self.removed(item) for name, item in value.items() if item is not None}
+            return kept | {name: value[name] for name in SCHEMAS & kept.keys()}
         if isinstance(value, list):
             kinds = set(map(type, value))
             if kinds == {int}:

@@ -22,6 +22,7 @@ from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.formats import Format, Usage
 from cabochon.server.generation import Choice, Delta, run_choices
 from cabochon.server.lifecycle import Lifecycle
+from cabochon.server.logprobs import ScoredTokens, text_length
 from cabochon.server.metrics import Metrics
 from cabochon.server.prompts import Prompts
 from cabochon.server.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
@@ -164,14 +165,19 @@ class Service:
             if draw == 0:  # the others differ in their seed alone
                 info = self.engine.info
                 check_request(request, max_model_len=info.max_model_len, vocab_size=info.vocab_size)
-            choices.append(Choice(index, request, self._detokenizer(body)))
+            choices.append(Choice(index, request, self._detokenizer(body), is_echo_only=max_tokens == 0))
         options = body.stream_options
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return Job(
             choices=choices,
             echo=[""] * len(choices),
             frame=Format(
-                kind, f"{prefix}-{body.request_id or request_id}", model, int(time.time()), self.fingerprint
+                kind,
+                f"{prefix}-{body.request_id or request_id}",
+                model,
+                int(time.time()),
+                self.fingerprint,
+                self.prompts.token_bytes,
             ),
             usage=Usage(sum(map(len, prompts))),
             prompts_of=[index // body.n for index in range(len(choices))],
@@ -206,7 +212,7 @@ def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int)
     except ValueError:
         raise ApiError("logit_bias must have token ids as keys: correct it", param="logit_bias") from None
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=1 if max_tokens == 0 else max_tokens,  # an echo alone: the token is not shown
         min_tokens=body.min_tokens,
         temperature=body.temperature,
         top_k=body.top_k,
@@ -219,26 +225,35 @@ def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int)
         logit_bias=bias,
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
+        grammar=body.grammar(),
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_logprobs if isinstance(body, CompletionRequest) and body.echo else None,
     )
 
 
 async def _collect(job: Job, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
     texts = list(job.echo)
     reasons: list[str | None] = [None] * len(texts)
+    scored: list[ScoredTokens | None] = [None] * len(texts)
     async for delta in deltas:
         texts[delta.index] += delta.text
         reasons[delta.index] = delta.finish_reason
-    return job.frame.whole(texts, reasons, job.usage)
+        if delta.scored is not None:
+            scored[delta.index] = so_far = scored[delta.index] or ScoredTokens()
+            so_far.extend(delta.scored.token_ids, delta.scored.logprobs)
+    return job.frame.whole(texts, reasons, scored, job.usage)
 
 
 async def _events(job: Job, first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-    seen: set[int] = set()
+    offsets: dict[int, int] = {}  # of choices that were seen
 
     def render(delta: Delta) -> bytes | None:
-        is_first = delta.index not in seen
-        if not (delta.text or delta.finish_reason or is_first):
+        is_first = delta.index not in offsets
+        if not (delta.text or delta.finish_reason or is_first or delta.scored):
             return None  # held back: the start of a stop string, or half a character
-        seen.add(delta.index)
+        offset = offsets.setdefault(delta.index, 0)
+        if delta.scored is not None:
+            offsets[delta.index] += text_length(delta.scored, job.frame.token_bytes)
         if is_first:
             delta.text = job.echo[delta.index] + delta.text
         usage: dict[str, Any] = {}
@@ -246,7 +261,7 @@ async def _events(job: Job, first: Delta, deltas: AsyncGenerator[Delta, None]) -
             usage = {"usage": job.usage.as_json()}
         elif job.include_usage:
             usage = {"usage": None}
-        return event(job.frame.chunk(delta, is_first=is_first, usage=usage))
+        return event(job.frame.chunk(delta, is_first=is_first, usage=usage, offset=offset))
 
     async with aclosing(deltas):
         try:
