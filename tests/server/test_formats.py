@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
+from cabochon.engine.detokenizer import TokenBytes
 from cabochon.server.formats import Format, Usage
 from cabochon.server.generation import Delta
 
@@ -16,7 +18,7 @@ USAGE = {
 
 
 def format_of(kind: Literal["chat", "completion"]) -> Format:
-    return Format(kind, "id-1", "gemma", 1700000000, "fp")
+    return Format(kind, "id-1", "gemma", 1700000000, "fp", TokenBytes(tiny_tokenizer()))
 
 
 def frame(name: str) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def test_usage_of_a_new_body_has_generated_nothing() -> None:
 
 
 def test_a_whole_chat_has_messages() -> None:
-    answer = format_of("chat").whole(["a", ""], ["stop", "length"], Usage(7, 4, 5))
+    answer = format_of("chat").whole(["a", ""], ["stop", "length"], [None, None], Usage(7, 4, 5))
     assert answer == {
         **frame("chat.completion"),
         "choices": [
@@ -65,7 +67,7 @@ def test_a_whole_chat_has_messages() -> None:
 
 
 def test_a_whole_completion_has_texts() -> None:
-    answer = format_of("completion").whole(["a", "b"], ["stop", "length"], Usage(7, 4, 5))
+    answer = format_of("completion").whole(["a", "b"], ["stop", "length"], [None, None], Usage(7, 4, 5))
     assert answer == {
         **frame("text_completion"),
         "choices": [

@@ -186,7 +186,7 @@ def test_what_is_not_implemented_may_ask_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"logprobs": 0}, {"top_logprobs": False}, {"top_logprobs": 0.0}, {"best_of": True}], ids=str
+    "fields", [{"best_of": True}, {"best_of": 1.0}, {"suffix": False}, {"tools": {}}], ids=str
 )
 def test_an_equal_value_of_another_type_asks_for_something(fields: dict[str, Any]) -> None:
     assert refusal(completion, **fields).code == "unsupported_parameter"
