@@ -59,6 +59,7 @@ class TorchAttention:
             table[plan.rows],
             page_tokens=page_tokens,
             num_kv_heads=self._model.num_kv_heads,
+            head_dim=self._model.head_dim,
             window=window,
         )
 

@@ -5,6 +5,7 @@ open request with EngineDead; nothing is restarted here: weights and cache are g
 """
 
 import asyncio
+import dataclasses
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from cabochon.engine import errors
 from cabochon.engine.channel import FrameReader, Message, encode
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.engine import Engine
-from cabochon.engine.errors import EngineDead, EngineError, RequestError
+from cabochon.engine.errors import Aborted, EngineDead, EngineError, RequestError
 from cabochon.engine.messages import (
     Abort,
     EngineInfo,
@@ -47,7 +48,7 @@ class _Stream(AsyncIterator[RequestOutput]):
     """Outputs of one request. Ends after the last one; closing it early aborts the request."""
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        self._request_id = request_id
+        self.request_id = request_id
         self._abort = abort
         self._queue: asyncio.Queue[RequestOutput | EngineError] = asyncio.Queue()
         self._is_ended = False
@@ -68,7 +69,7 @@ class _Stream(AsyncIterator[RequestOutput]):
     async def aclose(self) -> None:
         if not self._is_ended:
             self._is_ended = True
-            self._abort(self._request_id)
+            self._abort(self.request_id)
 
 
 class EngineClient(Engine):
@@ -79,7 +80,9 @@ class EngineClient(Engine):
         self._config = config
         self._model_dir = model_dir
         self._step_timeout_s = step_timeout_s
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # by id on the wire: outputs of an ended request find nobody
+        self._wire_ids: dict[str, str] = {}  # of open requests
+        self._num_submitted = 0
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
         self._dead_reason: str | None = None
@@ -129,23 +132,29 @@ class EngineClient(Engine):
         stream = _Stream(request.request_id, self.abort)
         if self._dead_reason is not None:
             stream.put(EngineDead(self._dead_reason))
-        elif request.request_id in self._streams:
+        elif request.request_id in self._wire_ids:
             stream.put(
                 RequestError(f"request ids must be unique, {request.request_id} is running: send another")
             )
         else:
-            self._send(Submit(request=request))  # first, so that what cannot be encoded leaves nothing behind
+            self._num_submitted += 1
+            wire_id = str(self._num_submitted)
+            # First, so that what cannot be encoded leaves nothing behind
+            self._send(Submit(request=dataclasses.replace(request, request_id=wire_id)))
             if not self._streams:
                 self._last_message_s = time.monotonic()  # it slept: the time to its next step starts now
-            self._streams[request.request_id] = stream
+            self._streams[wire_id] = stream
+            self._wire_ids[request.request_id] = wire_id
         return stream
 
     def publish(self, request_id: str) -> None:
-        self._send(Publish(request_id=request_id))
+        if (wire_id := self._wire_ids.get(request_id)) is not None:
+            self._send(Publish(request_id=wire_id))
 
     def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
-            self._send(Abort(request_id=request_id))
+        if (wire_id := self._wire_ids.get(request_id)) is not None:
+            self._end(wire_id, Aborted(f"request {request_id} was aborted"))
+            self._send(Abort(request_id=wire_id))
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -210,15 +219,21 @@ class EngineClient(Engine):
         for output in step.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream.put(output)
-                if output.finish_reason is not None:
-                    del self._streams[output.request_id]
+                wire_id, output.request_id = output.request_id, stream.request_id
+                if output.finish_reason is None:
+                    stream.put(output)
+                else:
+                    self._end(wire_id, output)
         for refusal in step.refusals:
-            stream = self._streams.pop(refusal.request_id, None)
-            if stream is not None:
-                stream.put(_refusal_error(refusal))
+            if refusal.request_id in self._streams:
+                self._end(refusal.request_id, _refusal_error(refusal))
         for listener in self._on_step:
             listener(step)
+
+    def _end(self, wire_id: str, last: RequestOutput | EngineError) -> None:
+        stream = self._streams.pop(wire_id)
+        del self._wire_ids[stream.request_id]
+        stream.put(last)
 
     async def _watch(self) -> None:
         """A hung or stopped engine does not close its socket: look at the clock."""
@@ -241,9 +256,8 @@ class EngineClient(Engine):
         self._dead_reason = reason
         if not is_expected:
             logger.error("engine dead open_requests=%d reason=%s", len(self._streams), reason)
-        for stream in self._streams.values():
-            stream.put(EngineDead(reason))
-        self._streams.clear()
+        for wire_id in list(self._streams):
+            self._end(wire_id, EngineDead(reason))
         if self._writer is not None:
             self._writer.close()
         if self._process is not None and not is_expected:

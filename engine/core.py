@@ -71,6 +71,7 @@ class EngineCore:
         started_s = time.monotonic()
         plan = self.scheduler.schedule()
         if plan is None:
+            self._step_tokens = 0
             if self.has_work and not refusals:
                 time.sleep(WAIT_S)  # for a grammar, in another thread
             return [], refusals

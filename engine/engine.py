@@ -31,7 +31,10 @@ class Engine(ABC):
 
     @abstractmethod
     def abort(self, request_id: str) -> None:
-        """End a request and free its pages within one step. Unknown ids are ignored: it may have ended."""
+        """End a request and free its pages within one step; who still reads it gets Aborted.
+
+        Unknown ids are ignored: it may have ended.
+        """
 
     @abstractmethod
     def stats(self) -> EngineStats:

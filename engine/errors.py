@@ -13,6 +13,7 @@ EngineError
 ├── ConfigError             the operator: settings that cannot hold together
 ├── ComputeError            us: one request's logits are not finite (500)
 ├── Overloaded              nobody: retry later (429 or 503)
+├── Aborted                 the caller: it was ended by `abort`
 └── EngineDead              us: the engine process died, hung or is shutting down (500, restart)
 
 A message has three parts: what must hold, what was given, what to do. None carries prompt or completion text.
@@ -77,6 +78,10 @@ class Overloaded(EngineError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Aborted(EngineError):
+    """The request was ended by `abort` while somebody still read its outputs."""
 
 
 class EngineDead(EngineError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from cabochon.engine.admission import check_request
 from cabochon.engine.engine import Engine
-from cabochon.engine.errors import EngineDead, EngineError
+from cabochon.engine.errors import Aborted, EngineDead, EngineError
 from cabochon.engine.messages import (
     EngineInfo,
     EngineStats,
@@ -153,12 +153,14 @@ class FakeEngine(Engine):
         )
 
     async def _next_step(self, request_id: str) -> None:
-        """Wait for the delay, and while paused. An aborted request waits for ever, as in the real engine."""
+        """Wait for the delay, and while paused. Raises Aborted if that happened."""
         end_s = time.monotonic() + self.faults.delay_s
         while True:
             if self._dead_reason is not None:
                 raise EngineDead(self._dead_reason)
-            is_waiting = self.faults.is_paused or request_id not in self.open
+            if request_id not in self.open:
+                raise Aborted(f"request {request_id} was aborted")
+            is_waiting = self.faults.is_paused
             rest_s = 0.02 if is_waiting else end_s - time.monotonic()
             if not is_waiting and rest_s <= 0:
                 await asyncio.sleep(0)

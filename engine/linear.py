@@ -1,7 +1,8 @@
 """The one place of matrix products with weights: packed for the CPU once, plain elsewhere.
 
 On CPU a oneDNN-packed weight takes 11.4 ms where F.linear takes 22.2 (4 rows × 262144 × 640, bf16, 2 Zen 4
-cores) and in fp32 22 ms instead of 101. The packed layout replaces the plain one; nothing is kept twice.
+cores) and in fp32 22 ms instead of 101. The packed layout replaces the plain one; only the tied embedding is
+kept beside it.
 """
 
 import torch

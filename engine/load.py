@@ -1,6 +1,7 @@
 """From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the pool."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 
 
 def load_engine(
@@ -39,7 +41,7 @@ def load_engine(
 ) -> tuple[EngineCore, EngineInfo]:
     """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded."""
     started_s = time.monotonic()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or usable_cores())
     model_config = load_model_config(model_dir)
     dtype = DTYPES[_settle_dtype(config)]
     layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
@@ -77,9 +79,22 @@ def load_engine(
 
 
 def _settle_dtype(config: EngineConfig) -> str:
-    if config.dtype != "auto":
-        return config.dtype
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if config.dtype == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if config.dtype == "bf16" and not has_bf16:
+        raise ConfigError("dtype must be fp32 on a CPU without bf16 instructions, got bf16: use fp32")
+    return config.dtype
+
+
+def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
+    """Cores that this process may use at once: by affinity, and by the CPU limit of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or `max`: no limit
+        return cores
 
 
 def _settle_max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLayout, num_pages: int) -> int:

@@ -169,7 +169,7 @@ class Log:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The engine could not start: class name in engine/errors.py (or any other exception) and message."""
+    """The engine could not start: class name in engine/errors.py, and message."""
 
     error: str
     message: str

@@ -1,7 +1,7 @@
 """What one step computes, chosen by the scheduler and run by the runner, and what comes out of it."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ class Plan:
     starts:      [S] int32, num_computed when the step begins
     lens:        [S] int32, tokens to compute, ≥ 1
     samples:     [S] bool, this chunk reaches the last known token, so the next one is sampled
-    num_decodes: the first that many sequences have one token to compute, which was sampled by an earlier step
+    num_decodes: the first that many sequences have one token to compute, their last known one
     """
 
     rows: NDArray[np.int32]
@@ -29,6 +29,13 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return int(self.lens.sum())
+
+    def only(self, keep: NDArray[np.bool_]) -> Self:
+        """The sequences where keep: [S] is True."""
+        num_decodes = int(keep[: self.num_decodes].sum())
+        return type(self)(
+            self.rows[keep], self.starts[keep], self.lens[keep], self.samples[keep], num_decodes
+        )
 
 
 class PromptLogprobs(NamedTuple):

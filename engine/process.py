@@ -28,7 +28,6 @@ from cabochon.engine.messages import (
     Publish,
     Ready,
     Refusal,
-    RequestOutput,
     Start,
     StepOutput,
     Submit,
@@ -45,14 +44,15 @@ class Inbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._poll = select.poll()  # select() knows no descriptor beyond 1023
+        self._poll.register(sock, select.POLLIN)
         self._reader = FrameReader()
 
     def drain(self, *, wait: bool) -> list[Message]:
         """All messages that have arrived; with `wait`, at least one."""
         messages: list[Message] = []
         while True:
-            can_read, _, _ = select.select([self._sock], [], [], None if wait and not messages else 0)
-            if not can_read:
+            if not self._poll.poll(None if wait and not messages else 0):
                 return messages
             data = self._sock.recv(1 << 18)
             if not data:
@@ -80,11 +80,8 @@ def _run(core: EngineCore, inbox: Inbox, sock: socket.socket) -> None:
     while True:
         messages = inbox.drain(wait=not core.has_work)
         refusals = [refusal for message in messages if (refusal := _handle(core, message))]
-        outputs: list[RequestOutput] = []
-        if core.has_work:
-            outputs, failed = core.step()
-            refusals += failed
-        sock.sendall(encode(StepOutput(outputs=outputs, refusals=refusals, stats=core.stats())))
+        outputs, failed = core.step()
+        sock.sendall(encode(StepOutput(outputs=outputs, refusals=refusals + failed, stats=core.stats())))
 
 
 def _handle(core: EngineCore, message: Message) -> Refusal | None:
@@ -142,7 +139,8 @@ def _end_with_parent() -> None:
 def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     logging.basicConfig(level=logging.INFO, handlers=[_LogHandler(sock)])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it drains, then closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server's: it drains, then closes the socket
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         serve(sock)

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,27 @@ class Request:
     mask: Future[NDArray[np.bool_]] | None = None  # [V], what the next token may be
     is_complete: bool = False  # the grammar allows no more text
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its second token on
+
+    @classmethod
+    def of(
+        cls,
+        message: GenerateRequest,
+        arrival_idx: int,
+        max_tokens: int,
+        eos_ids: frozenset[int],
+        matcher: Matcher | None,
+    ) -> Self:
+        """As it waits for the first time."""
+        params = message.params
+        return cls(
+            message=message,
+            arrival_idx=arrival_idx,
+            max_tokens=max_tokens,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
+            token_ids=list(message.prompt_ids),
+            is_published=not message.is_private,
+            matcher=matcher,
+        )
 
     @property
     def request_id(self) -> str:

@@ -7,7 +7,7 @@ runner reads. Knows nothing of pages' contents nor of devices.
 import numpy as np
 from numpy.typing import NDArray
 
-NULL_PAGE = 0  # never allocated: padding tokens write there, freed window pages point there, nobody sees it
+NULL_PAGE = 0  # never allocated nor written, all zero: what nobody sees is read from there
 
 
 class Rows:

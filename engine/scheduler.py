@@ -26,9 +26,7 @@ from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.waiting import WaitingQueue
 
-MAX_CHUNK_TOKENS = (
-    2048  # a sliding group holds window + chunk: longer chunks would undo what the window saves
-)
+MAX_CHUNK_TOKENS = 2048  # a sliding group holds window + chunk: longer ones undo what the window saves
 MIN_CHUNK_TOKENS = 32  # less of a long prompt is not worth a sequence in the step
 WATERMARK = 0.01  # share of the pool kept free at admission, for the decodes that already run
 
@@ -65,6 +63,7 @@ class Scheduler:
         self._late: list[Request] = []  # they wait for the mask of their next token
         self._num_arrivals = 0
         self._can_admit = True  # until the step finds that somebody waits for pages
+        self._was_short = False  # the last step found it
         self._min_chunk = MIN_CHUNK_TOKENS
         self._counts = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"), 0
@@ -85,16 +84,7 @@ class Scheduler:
     def add(self, message: GenerateRequest, matcher: Matcher | None = None) -> Request:
         """Accept a request. Raises RequestError, and then nothing has changed."""
         max_tokens = self.check_new(message)
-        params = message.params
-        request = Request(
-            message=message,
-            arrival_idx=self._num_arrivals,
-            max_tokens=max_tokens,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
-            token_ids=list(message.prompt_ids),
-            is_published=not message.is_private,
-            matcher=matcher,
-        )
+        request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher)
         self._num_arrivals += 1
         self._requests[message.request_id] = request
         self._waiting.add(request)
@@ -131,6 +121,7 @@ class Scheduler:
         self._can_admit = True
         if not self._requests:
             return None
+        self._make_way()
         self._plan_decodes()
         num_decodes = len(self._work)
         if self._waiting or num_decodes < len(self._running):
@@ -154,7 +145,8 @@ class Scheduler:
         Requests that were aborted since schedule() get nothing.
         """
         if self._dropped_rows:
-            plan, token_ids = _without(self._dropped_rows, plan, token_ids)
+            keep = ~np.isin(plan.rows, list(self._dropped_rows))
+            plan, token_ids = plan.only(keep), token_ids[keep[plan.samples]]
         rows, now = self._rows, time.monotonic()
         after = plan.starts + plan.lens
         rows.num_computed[plan.rows] = after
@@ -216,6 +208,14 @@ class Scheduler:
 
     # Planning
 
+    def _make_way(self) -> None:
+        """Preempt one running request for a waiting one of better priority that lacks a row or pages."""
+        is_short, self._was_short = self._was_short or self._rows.num_free == 0, False
+        if is_short and self._waiting and self._running:
+            worst = self._running[-1]
+            if worst.message.priority > self._waiting.priorities[0]:
+                self._preempt(worst)
+
     def _plan_decodes(self) -> None:
         """One token for every running request that has one left to compute, best rank first."""
         rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
@@ -253,8 +253,11 @@ class Scheduler:
         for request in requests:
             if budget <= 0:
                 break
-            if request.row is None and not self._admit(request):
-                continue
+            if request.row is None:
+                if budget < min(len(request.token_ids), self._min_chunk):
+                    continue  # a row without work would keep it from those whose turn it is next
+                if not self._admit(request):
+                    continue
             row = request.row
             assert row is not None
             planned = self._work.get(row, 0)
@@ -282,6 +285,7 @@ class Scheduler:
         pool = self._cache.pool
         if self._running and cost + int(WATERMARK * pool.num_pages) > pool.num_free:
             self._can_admit = False  # nobody overtakes it, or many small ones could keep it out for ever
+            self._was_short = True
             return False
         self._enter(request, hit)
         if request.is_published:
@@ -389,13 +393,6 @@ class Scheduler:
             scheduled_s=request.scheduled_s,
             first_token_s=request.first_token_s,
         )
-
-
-def _without(gone: set[int], plan: Plan, token_ids: NDArray[np.int32]) -> tuple[Plan, NDArray[np.int32]]:
-    keep = ~np.isin(plan.rows, list(gone))
-    num_decodes = int(keep[: plan.num_decodes].sum())
-    kept = Plan(plan.rows[keep], plan.starts[keep], plan.lens[keep], plan.samples[keep], num_decodes)
-    return kept, token_ids[keep[plan.samples]]
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -22,7 +22,9 @@ from cabochon.kernels.definitions import softcap_
 
 KEY_TILE = 256  # keys a tile: smaller wastes less on short contexts, larger has fewer partial sums
 QUERY_TILE = 128  # tokens of a prefill that share one score matrix
-MAX_GATHER_KEYS = 65536  # keys gathered at once for decodes: bounds the temporaries
+MAX_GATHER_BYTES = (
+    4 * 2**20
+)  # of fp32 K at once for decodes, so that it stays in the cache: 64 × 1000 keys took 3 ×
 ROW_MULTIPLE = 4  # GEMM rows: on x86 a row's result is the same for every multiple of 4, and differs below
 
 
@@ -59,6 +61,7 @@ def plan_sections(
     *,
     page_tokens: int,
     num_kv_heads: int,
+    head_dim: int,
     window: int | None,
 ) -> list[Section]:
     """Lay out one step for one layer group: all index work, done once for its layers.
@@ -67,7 +70,7 @@ def plan_sections(
     lens 1. page_table: [S, M] int32, holding the pages of positions below starts + lens. window: W, or None
     for all keys.
     """
-    layout = _Layout(page_table, page_tokens, num_kv_heads, window, max(KEY_TILE, page_tokens))
+    layout = _Layout(page_table, page_tokens, num_kv_heads, head_dim, window, max(KEY_TILE, page_tokens))
     sections = list(_decode_sections(layout, starts[:num_decodes]))
     token = num_decodes
     for seq in range(num_decodes, len(starts)):
@@ -81,6 +84,7 @@ class _Layout:
     page_table: NDArray[np.int32]
     page_tokens: int
     num_kv_heads: int
+    head_dim: int
     window: int | None
     key_tile: int
 
@@ -108,13 +112,12 @@ def _decode_sections(layout: _Layout, positions: NDArray[np.int32]) -> Iterator[
     first = layout.first_tile(pos)
     num_tiles = pos // layout.key_tile + 1 - first
     start = 0
+    max_keys = MAX_GATHER_BYTES // (layout.num_kv_heads * layout.head_dim * 4)
     while start < len(pos):
         num_keys = int(num_tiles[start]) * layout.key_tile
         end = start + 1
         while (
-            end < len(pos)
-            and num_tiles[end] == num_tiles[start]
-            and (end - start + 1) * num_keys <= MAX_GATHER_KEYS
+            end < len(pos) and num_tiles[end] == num_tiles[start] and (end - start + 1) * num_keys <= max_keys
         ):
             end += 1
         run = slice(start, end)

@@ -46,10 +46,10 @@ class Checkpoint:
             )
         self._left.discard(name)
         tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor.to(dtype)
+        return tensor.to(dtype, copy=True)  # a view of the mapped file would change, or fault, with the file
 
     def close(self) -> None:
-        """Unmap the files. Raises BadCheckpoint if a tensor was never asked for: the model is another one."""
+        """Close the files. Raises BadCheckpoint if a tensor was never asked for: the model is another one."""
         self._file_of.clear()
         self._stack.close()
         if self._left:

@@ -2,7 +2,8 @@
 
 One decoder for both: they differ in softcaps, QK norm, layer pattern and rope bases, all in ModelConfig.
 Rounding follows transformers' modeling_gemma2/3: norms in fp32 rounded once, residual added in the working
-dtype, gelu rounded before its product. Knows nothing of requests, pages' owners or sampling.
+dtype, gelu rounded before its product; but RoPE is in fp32 and rounded once. Knows nothing of requests,
+pages' owners or sampling.
 """
 
 from collections.abc import Callable

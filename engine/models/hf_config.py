@@ -106,7 +106,8 @@ def _translate(config: Any, model_type: str, generation: dict[str, Any]) -> Mode
         rope_factor_global=float(full["factor"]) if full.get("rope_type") == "linear" else 1.0,
         has_qk_norm=is_gemma3,
         max_model_len=config.max_position_embeddings,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        # An id that no token has ends nothing
+        eos_token_ids=tuple(one for one in dict.fromkeys(eos) if 0 <= one < config.vocab_size),
         bos_token_id=config.bos_token_id,
     )
 

@@ -71,7 +71,8 @@ class Case:
     def run(self, *, cap: float | None, window: int | None, num_decodes: int = 0) -> torch.Tensor:
         sections = plan_sections(
             self.starts, self.lens, num_decodes, self.table,
-            page_tokens=P, num_kv_heads=self.k_pages.shape[2], window=window,
+            page_tokens=P, num_kv_heads=self.k_pages.shape[2], head_dim=self.k_pages.shape[3],
+            window=window,
         )  # fmt: skip
         return paged_attention(self.q, self.k_pages, self.v_pages, sections, scale=0.25, softcap=cap)
 
