@@ -1,14 +1,12 @@
 """Checks a request against the model's limits before anything is kept of it."""
 
-from cabochon.engine.errors import BadPrompt, BadSampling, PromptTooLong, RequestError
+from cabochon.engine.errors import BadPrompt, BadSampling, PromptTooLong
 from cabochon.engine.messages import GenerateRequest
 
 
 def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: int) -> int:
     """Returns the output tokens it may have at most. Raises BadPrompt, PromptTooLong or BadSampling."""
     ids, params = request.prompt_ids, request.params
-    if request.adapter is not None:
-        raise RequestError(f"no adapter is loaded, got {request.adapter}: use the base model", "model")
     if not ids:
         raise BadPrompt("a prompt must have at least one token, got none: send text or token ids", "prompt")
     if min(ids) < 0 or max(ids) >= vocab_size:

@@ -63,7 +63,6 @@ class Scheduler:
         self._late: list[Request] = []  # they wait for the mask of their next token
         self._num_arrivals = 0
         self._can_admit = True  # until the step finds that somebody waits for pages
-        self._was_short = False  # the last step found it
         self._min_chunk = MIN_CHUNK_TOKENS
         self._counts = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"), 0
@@ -121,7 +120,6 @@ class Scheduler:
         self._can_admit = True
         if not self._requests:
             return None
-        self._make_way()
         self._plan_decodes()
         num_decodes = len(self._work)
         if self._waiting or num_decodes < len(self._running):
@@ -208,14 +206,6 @@ class Scheduler:
 
     # Planning
 
-    def _make_way(self) -> None:
-        """Preempt one running request for a waiting one of better priority that lacks a row or pages."""
-        is_short, self._was_short = self._was_short or self._rows.num_free == 0, False
-        if is_short and self._waiting and self._running:
-            worst = self._running[-1]
-            if worst.message.priority > self._waiting.priorities[0]:
-                self._preempt(worst)
-
     def _plan_decodes(self) -> None:
         """One token for every running request that has one left to compute, best rank first."""
         rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
@@ -285,7 +275,6 @@ class Scheduler:
         pool = self._cache.pool
         if self._running and cost + int(WATERMARK * pool.num_pages) > pool.num_free:
             self._can_admit = False  # nobody overtakes it, or many small ones could keep it out for ever
-            self._was_short = True
             return False
         self._enter(request, hit)
         if request.is_published:

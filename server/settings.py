@@ -58,9 +58,13 @@ def load_settings(args: Sequence[str]) -> Settings:
 
 
 def set_process_environment() -> None:
-    """No third party is told anything: must run before the libraries concerned are imported."""
+    """No third party is told anything, and nobody spins. Before the libraries concerned are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # The engine inherits it. Threads that spin while they wait make a step many times slower as soon as
+        # somebody else wants a core; sleeping sooner costs a tenth on an idle machine (docs/decisions.md)
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def option_help() -> str:

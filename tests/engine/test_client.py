@@ -12,7 +12,7 @@ import pytest
 
 from cabochon.engine.client import EngineClient
 from cabochon.engine.config import EngineConfig
-from cabochon.engine.errors import BadPrompt, EngineDead, RequestError, UnsupportedModel
+from cabochon.engine.errors import Aborted, BadPrompt, EngineDead, RequestError, UnsupportedModel
 from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.sampling_params import SamplingParams
 
@@ -189,3 +189,29 @@ def test_the_engine_ends_when_its_server_is_killed(tiny_gemma2_dir: Path) -> Non
     while psutil.pid_exists(engine) and psutil.Process(engine).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the engine outlives its server"
         time.sleep(0.05)
+
+
+def test_who_reads_an_aborted_request_is_told(tiny_gemma2_dir: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        stream = client.submit(request("a", max_tokens=400))
+        await anext(stream)
+        client.abort("a")
+        with pytest.raises(Aborted, match="request a was aborted"):
+            await collect(stream)
+        await until(lambda: client.stats().pages_used == 0)
+
+    with_client(tiny_gemma2_dir, body)
+
+
+def test_an_id_that_is_used_again_gets_its_own_tokens(tiny_gemma2_dir: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        expected = await collect(client.submit(request("a", length=9)))
+        for _ in range(20):
+            stream = client.submit(request("x", length=4, max_tokens=100))
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+            outputs = [output async for output in client.submit(request("x", length=9))]
+            assert [token for output in outputs for token in output.token_ids] == expected
+            assert {output.request_id for output in outputs} == {"x"}
+
+    with_client(tiny_gemma2_dir, body)

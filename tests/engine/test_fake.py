@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from cabochon.engine.engine import Engine
-from cabochon.engine.errors import BadPrompt, EngineDead, PromptTooLong
+from cabochon.engine.errors import Aborted, BadPrompt, EngineDead, PromptTooLong
 from cabochon.engine.fake import FakeEngine, FakeFaults
 from cabochon.engine.messages import GenerateRequest, RequestOutput, StepOutput
 from cabochon.engine.sampling_params import SamplingParams
@@ -94,8 +94,8 @@ def test_an_aborted_request_is_closed_and_yields_no_more() -> None:
         engine.abort("r")
         engine.abort("unknown")
         assert (engine.aborted, engine.open) == (["r"], {})
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(stream), 0.05)
+        with pytest.raises(Aborted, match="request r was aborted"):
+            await asyncio.wait_for(anext(stream), 5)
 
     asyncio.run(run())
 

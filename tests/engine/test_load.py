@@ -15,7 +15,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.load import load_engine
+from cabochon.engine.load import load_engine, usable_cores
 from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
@@ -218,3 +218,11 @@ def test_pages_are_shared_only_with_prefix_caching(
 def test_two_engines_name_their_pages_with_keys_of_their_own(tiny_gemma2_dir: Path) -> None:
     roots = [load(tiny_gemma2_dir)[0]._cache._hasher.root(None, None) for _ in range(2)]
     assert roots[0] != roots[1]
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None), ("", None)])
+def test_the_cpu_limit_of_a_container_counts(tmp_path: Path, quota: str, cores: int | None) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(quota)
+    assert usable_cores(file) == (cores or len(os.sched_getaffinity(0)))
+    assert usable_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
