@@ -30,7 +30,7 @@ HTTP: dict[type[EngineError], Shape] = {
     RequestError: Shape(400, "invalid_request_error", "invalid_value"),
     Overloaded: Shape(429, "rate_limit_error", "overloaded"),
     ComputeError: Shape(500, "server_error", "model_error"),
-    Aborted: Shape(499, "server_error", "request_aborted"),
+    Aborted: Shape(500, "server_error", "request_aborted"),
     EngineDead: Shape(503, "server_error", "engine_dead"),
     EngineError: Shape(500, "server_error", "internal_error"),
 }
