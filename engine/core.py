@@ -1,6 +1,7 @@
 """The whole engine: schedule, run, update. In-process offline, in a child process under the server."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,9 +17,11 @@ from cabochon.engine.rows import Rows
 from cabochon.engine.runner import Runner
 from cabochon.engine.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
 Logprobs = list[TokenLogprobs] | None
 
-COMPILE_LIMIT_S = 10.0  # fuel bounds it to less; the first one waits for the tokenizer as well
+COMPILE_LIMIT_S = 30.0  # fuel bounds it to less; the first one waits for the tokenizer as well
 WAIT_S = 0.002  # between looks at a grammar when there is nothing else to do
 RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
 
@@ -63,6 +66,10 @@ class EngineCore:
 
     def publish(self, request_id: str) -> None:
         """Let other requests share the pages of a private one. Unknown ids are ignored."""
+        if request_id in self._compiling:
+            request, future, deadline_s = self._compiling[request_id]
+            request = dataclasses.replace(request, is_private=False)
+            self._compiling[request_id] = (request, future, deadline_s)
         self.scheduler.publish(request_id)
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
@@ -137,9 +144,7 @@ class EngineCore:
                 continue
             del self._compiling[request_id]
             try:
-                if not future.done():
-                    raise BadGrammar(f"a grammar must compile within {COMPILE_LIMIT_S:g} s: simplify it")
-                matcher = future.result()
+                matcher = _compiled(future)
                 added = self.scheduler.add(request, matcher)
                 added.mask = self._grammars.next_mask(matcher)
             except RequestError as error:
@@ -175,3 +180,16 @@ class EngineCore:
         rate = prefill_tokens / step_s
         old = self._prefill_tokens_per_s
         self._prefill_tokens_per_s = old + RATE_SMOOTHING * (rate - old) if old else rate
+
+
+def _compiled(future: Future[Matcher]) -> Matcher:
+    """Raises BadGrammar, whatever went wrong: a client's grammar must not end the engine."""
+    if not future.done():
+        raise BadGrammar(f"a grammar must compile within {COMPILE_LIMIT_S:g} s, it has not: simplify it")
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, BadGrammar):
+        raise error
+    logger.error("grammar failed error=%s", type(error).__name__)
+    raise BadGrammar(f"a grammar must compile, it gave {type(error).__name__}: simplify it")

@@ -86,20 +86,18 @@ class Runner:
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
         """Position p tells of the prompt token at p + 1. In pieces of rows: [T, V] is never whole."""
         found: dict[int, PromptLogprobs] = {}
-        token = 0
-        for row, start, length in zip(
-            plan.rows.tolist(), plan.starts.tolist(), plan.lens.tolist(), strict=True
-        ):
+        firsts = np.cumsum(plan.lens) - plan.lens
+        for seq in np.flatnonzero(plan.starts < rows.num_prompt[plan.rows]).tolist():
+            row, start, token = int(plan.rows[seq]), int(plan.starts[seq]), int(firsts[seq])
             count = self.sampler.prompt_logprobs(row)
-            num_known = min(length, int(rows.num_prompt[row]) - 1 - start)  # those whose next is prompt
-            if count is not None and num_known >= 0:
+            if count is not None:
+                num_known = min(int(plan.lens[seq]), int(rows.num_prompt[row]) - 1 - start)  # next is prompt
                 next_ids = rows.token_ids[row, start + 1 : start + 1 + num_known]
                 found[row] = PromptLogprobs(start, [])
                 for part in range(0, num_known, LOGITS_ROWS):
                     some = hidden[token + part : token + min(part + LOGITS_ROWS, num_known)]
                     ids = torch.from_numpy(next_ids[part : part + LOGITS_ROWS].astype(np.int64))
                     found[row].logprobs.extend(self._logprobs(some, ids, count))
-            token += length
         return found
 
     def _logprobs(self, hidden: Tensor, token_ids: Tensor, count: int) -> list[TokenLogprobs]:

@@ -124,10 +124,14 @@ class Sampler:
         if mask is None:
             return self._draw(logits, row, rows)
         try:
-            allowed = torch.from_numpy(mask.result(timeout=MASK_GRACE_S))
+            error = mask.exception(timeout=MASK_GRACE_S)
         except TimeoutError:
             result.late.append(row)
             return 0
+        if error is not None:  # a client's grammar must not end the engine
+            result.stuck.append(row)
+            return 0
+        allowed = torch.from_numpy(mask.result())
         if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
             allowed = allowed.index_fill(0, state.stop_ids, False)  # a copy: the mask may be asked for again
         if not allowed.any():

@@ -169,3 +169,30 @@ def test_an_aborted_request_leaves_nothing(llm: LLM) -> None:
         llm.core.abort("gone")
         assert not llm.core.has_work
         assert llm.core.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("name", ["compile", "next_mask"])
+def test_a_grammar_that_fails_ends_its_request_and_not_the_engine(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    original = getattr(Grammars, name)
+    monkeypatch.setattr(Grammars, name, lambda self, _: self._pool.submit(lambda: 1 // 0))
+    params = SamplingParams(max_tokens=5, grammar=regex("a"))
+    llm.core.add(GenerateRequest(request_id="bad", prompt_ids=[8], params=params))
+    refusals = []
+    while llm.core.has_work:
+        refusals += llm.core.step()[1]
+    assert [refusal.error for refusal in refusals] == [BadGrammar.__name__]
+    monkeypatch.setattr(Grammars, name, original)
+    assert run(llm, regex("abc"), count=1)[0].text == "abc"
+    assert llm.core.stats().pages_used == 0
+
+
+def test_a_request_may_be_published_while_its_grammar_compiles(llm: LLM) -> None:
+    prompt = list(range(20, 60))
+    one = SamplingParams(max_tokens=2, grammar=regex("ab"))
+    llm.core.add(GenerateRequest(request_id="p", prompt_ids=prompt, params=one, is_private=True))
+    llm.core.publish("p")
+    while llm.core.has_work:
+        llm.core.step()
+    assert llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))[0].cached_tokens > 30

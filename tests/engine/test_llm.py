@@ -10,18 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
 
 from cabochon.engine.errors import BadPrompt, ComputeError, ConfigError, PromptTooLong
 from cabochon.engine.llm import LLM, Completion
+from cabochon.engine.models.verify import PROMPTS
 from cabochon.engine.sampling_params import SamplingParams
-
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):\n    ",
-    "La recette des crêpes : il faut",
-    "1, 1, 2, 3, 5, 8, 13,",
-    "私の名前は",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "Q: Why is the sky blue?\nA:",
-]
 
 
 def tiny(directory: Path, **options: object) -> LLM:
