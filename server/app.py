@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -16,22 +15,23 @@ from starlette.responses import HTMLResponse, Response
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import EngineError
 from cabochon.server.auth import ApiKeys
+from cabochon.server.body import Body, Parsed, parse
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.middleware import CLIENT_GONE, Border
 from cabochon.server.protocol import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
+    check_turns,
 )
+from cabochon.server.responses import ResponsesRequest
 from cabochon.server.service import VERSION, Service
 from cabochon.server.streaming import JSON_TYPE, JsonResponse, read_body
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INLINE_BYTES = 64 * 2**10  # parsed within 2 ms; a larger body is parsed aside, so that streams go on
-BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def build_app(service: Service) -> FastAPI:
@@ -63,6 +63,24 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         body = await _read(CompletionRequest, request, service)
         return await service.respond(await service.completion(body, _id(request)), request)
 
+    @app.post("/v1/responses", openapi_extra=_body_of(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        """Answer a conversation that the body brings whole: nothing is stored."""
+        body = await _read(ResponsesRequest, request, service)
+        return await service.respond(await service.response(body, _id(request)), request)
+
+    @app.post("/v1/chat/completions/render", openapi_extra=_body_of(ChatRequest))
+    async def render_chat(request: Request) -> Response:
+        """The tokens of a chat, without running it."""
+        body = await _read(ChatRequest, request, service)
+        return JsonResponse((await service.render(body, _id(request)))[0])
+
+    @app.post("/v1/completions/render", openapi_extra=_body_of(CompletionRequest))
+    async def render_completion(request: Request) -> Response:
+        """The tokens of each prompt, without running it."""
+        body = await _read(CompletionRequest, request, service)
+        return JsonResponse(await service.render(body, _id(request)))
+
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
@@ -74,8 +92,12 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             raise ApiError("exactly one of prompt and messages must be given: send one", param="prompt")
         limit, prompts = service.engine.info.max_model_len, service.prompts
         if body.messages is not None:
+            check_turns(body.messages)
             ids = await prompts.of_messages(
-                body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt
+                body.messages,
+                limit=limit,
+                functions=[tool.function for tool in body.tools],
+                add_generation_prompt=body.add_generation_prompt,
             )
         else:
             ids = await prompts.encode(
@@ -161,7 +183,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         )
 
 
-async def _read(kind: type[Body], request: Request, service: Service) -> Body:
+async def _read(kind: type[Parsed], request: Request, service: Service) -> Parsed:
     raw = await read_body(request, service.config.max_body_bytes)
     if len(raw) <= INLINE_BYTES:
         return parse(kind, raw)
@@ -172,7 +194,7 @@ def _id(request: Request) -> str:
     return str(request.state.request_id)
 
 
-def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
+def _body_of(kind: type[Body]) -> dict[str, Any]:
     """Bodies are parsed by protocol.parse, with errors in OpenAI's shape: tell OpenAPI what they hold."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}}}
