@@ -19,6 +19,7 @@ BODIES: tuple[type[Body], ...] = (
     DetokenizeRequest,
 )
 TEXT = {"type": "string"}
+EVENTS = {"description": "Server-sent events, as OpenAI's"}
 TEXT_OR_NULL = {"type": ["string", "null"]}
 ERROR_SCHEMA = {
     "type": "object",
