@@ -46,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; events with `stream`",
-        "content": {"text/event-stream": {"schema": TEXT}},
+        "content": {"text/event-stream": {"schema": EVENTS}},
     }
 }
 METRICS: dict[int | str, dict[str, Any]] = {
