@@ -1,10 +1,11 @@
-"""What a step tells the attention of every layer: the `torch` backend, for any device.
+"""What a step tells the attention of every layer, and the `torch` backend, for any device.
 
-`triton` and `flash_attn` will stand beside it behind the same two calls: prepare once a step, attend once a
-layer.
+A backend is two calls: prepare once a step, attend once a layer. `triton_attention` has the GPU's.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,35 +25,91 @@ class AttentionInputs:
 
     positions: Tensor
     slots: list[Tensor]
+
+
+Inputs = TypeVar("Inputs", bound=AttentionInputs)
+
+
+class Attention(ABC, Generic[Inputs]):
+    """Writes the step's K and V into pages, then attends through them: chunks, hits and decodes alike."""
+
+    @abstractmethod
+    def prepare(self, plan: Plan, rows: Rows) -> Inputs:
+        """All index work of the step; nothing per layer. Page tables must cover starts + lens."""
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """q: [T', Hq, D]. k, v: [T', Hkv, D]. T' ≥ T: rows past T are padding and get zeros.
+
+        Returns [T', Hq, D].
+        """
+
+
+def make_attention(backend: Literal["torch", "triton"], model: ModelConfig, pages: KVPages) -> Attention[Any]:
+    """The backend over these pages."""
+    if backend == "torch":
+        return TorchAttention(model, pages)
+    from cabochon.engine.triton_attention import (
+        TritonAttention,
+    )  # triton is optional: a CPU has no use for it
+
+    return TritonAttention(model, pages)
+
+
+def positions_of(plan: Plan) -> NDArray[np.int64]:
+    """[T], the position of each token of the plan."""
+    first = np.cumsum(plan.lens) - plan.lens
+    positions: NDArray[np.int64] = np.arange(plan.num_tokens) - np.repeat(first - plan.starts, plan.lens)
+    return positions
+
+
+def slots_of(plan: Plan, rows: Rows, positions: NDArray[np.int64], device: torch.device) -> list[Tensor]:
+    """Per group [T] int64, where K and V of each token go."""
+    row_of_token = np.repeat(plan.rows, plan.lens)
+    page_idx, offsets = np.divmod(positions, rows.page_tokens)
+    slots = []
+    for table in rows.page_tables:
+        pages = table[row_of_token, page_idx].astype(np.int64)
+        assert pages.all(), "a token has no page"
+        slots.append(torch.from_numpy(pages * rows.page_tokens + offsets).to(device))
+    return slots
+
+
+def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v: [T', Hkv, D], of which the first T go to slots [T] of the pages [N, P, Hkv, D]."""
+    k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k[: len(slots)])
+    v_pages.view(-1, *v.shape[1:]).index_copy_(0, slots, v[: len(slots)])
+
+
+@dataclass(frozen=True, slots=True)
+class TorchInputs(AttentionInputs):
+    """sections: per group, the gathers of keys and what is masked in them."""
+
     sections: list[list[Section]]
 
 
-class TorchAttention:
-    """Writes the step's K and V into pages, then attends through them: chunks, hits and decodes alike."""
+class TorchAttention(Attention[TorchInputs]):
+    """The definition: gathers keys, multiplies, adds tile by tile."""
 
     def __init__(self, model: ModelConfig, pages: KVPages) -> None:
         self._model = model
         self._pages = pages
+        self._device = pages.k[0].device
         self._key_tile = max(KEY_TILE, pages.layout.page_tokens)
 
-    def prepare(self, plan: Plan, rows: Rows) -> AttentionInputs:
-        """All index work of the step; nothing per layer. Page tables must cover starts + lens."""
-        row_of_token = np.repeat(plan.rows, plan.lens)
-        first = np.cumsum(plan.lens) - plan.lens
-        positions = np.arange(plan.num_tokens) - np.repeat(first - plan.starts, plan.lens)
-        page_idx, offsets = np.divmod(positions, rows.page_tokens)
-        slots, sections = [], []
-        for table, window in zip(rows.page_tables, self._pages.layout.windows, strict=True):
-            pages = table[row_of_token, page_idx].astype(np.int64)
-            assert pages.all(), "a token has no page"
-            slots.append(torch.from_numpy(pages * rows.page_tokens + offsets))
-            sections.append(self._sections(plan, table, rows.page_tokens, window))
-        return AttentionInputs(torch.from_numpy(positions.astype(np.int64)), slots, sections)
+    def prepare(self, plan: Plan, rows: Rows) -> TorchInputs:
+        positions = positions_of(plan)
+        slots = slots_of(plan, rows, positions, self._device)
+        sections = [
+            self._sections(plan, table, rows.page_tokens, window)
+            for table, window in zip(rows.page_tables, self._pages.layout.windows, strict=True)
+        ]
+        return TorchInputs(torch.from_numpy(positions).to(self._device), slots, sections)
 
     def _sections(
         self, plan: Plan, table: NDArray[np.int32], page_tokens: int, window: int | None
     ) -> list[Section]:
-        return plan_sections(
+        sections = plan_sections(
             plan.starts,
             plan.lens,
             plan.num_decodes,
@@ -62,16 +119,11 @@ class TorchAttention:
             head_dim=self._model.head_dim,
             window=window,
         )
+        return sections if self._device.type == "cpu" else [one.to(self._device) for one in sections]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-        """q: [T', Hq, D]. k, v: [T', Hkv, D]. T' ≥ T: rows past T are padding and get zeros.
-
-        Returns [T', Hq, D].
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: TorchInputs) -> Tensor:
         group, k_pages, v_pages = self._pages.of_layer(layer)
-        slots = inputs.slots[group]
-        k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k[: len(slots)])
-        v_pages.view(-1, *v.shape[1:]).index_copy_(0, slots, v[: len(slots)])
+        write_kv(k_pages, v_pages, k, v, inputs.slots[group])
         return paged_attention(
             q,
             k_pages,

@@ -13,16 +13,19 @@ class EngineConfig:
     model: str = "demo"  # demo (Gemma 3 270M), a directory with safetensors, or a Hub id
     revision: str | None = None  # branch, tag or commit of a Hub id
     cache_dir: str | None = None  # where converted demo weights go; None: ~/.cache/cabochon
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     dtype: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # auto: bf16 where the CPU has it; Gemma overflows in fp16
+        "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "torch", "triton"] = "auto"  # auto: triton on a GPU, torch on a CPU
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
     step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
     page_tokens: int = 16  # tokens per KV page, and the granularity of the prefix cache
-    kv_cache_gib: float = 2.0  # GiB of KV pages; more holds more or longer sequences
+    kv_cache_gib: float | None = (
+        None  # GiB of KV pages; more holds more or longer sequences; None: 2 on a CPU, on a GPU what is left
+    )
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory for weights, pages and activations
     prefix_caching: bool = True  # share the pages of common prefixes
     threads: int | None = None  # torch threads on CPU; None: the cores this process may use
 
@@ -44,9 +47,13 @@ class EngineConfig:
             raise ConfigError(
                 f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}: raise it"
             )
-        if not 0 < self.kv_cache_gib < 4096:
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 4096:
             raise ConfigError(
                 f"kv_cache_gib must be a positive number of GiB, got {self.kv_cache_gib}: correct it"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}: 0.9 is usual"
             )
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}: leave it out for all cores")

@@ -18,13 +18,13 @@ class Linear:
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes
-        self._is_packed = weight.device.type == "cpu" and torch._C._has_mkldnn
+        self.is_packed = weight.device.type == "cpu" and torch._C._has_mkldnn
         # Private operators, those that inductor emits for frozen CPU weights: torch's range pins them.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, k], rows a multiple of ROW_MULTIPLE on CPU. Returns [rows, n] in x's dtype."""
-        if not self._is_packed:
+        if not self.is_packed:
             return F.linear(x, self._weight)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return out

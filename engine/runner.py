@@ -4,15 +4,14 @@ Knows nothing of requests, queues or who owns a page.
 """
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.attention import TorchAttention
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.attention import Attention, positions_of
 from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.logprobs import ExactLogits, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
@@ -30,9 +29,9 @@ LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 class Runner:
     """Synchronous (depth 1): `run` returns when the tokens are known."""
 
-    def __init__(self, model: Gemma, pages: KVPages, sampler: Sampler) -> None:
+    def __init__(self, model: Gemma, attention: Attention[Any], sampler: Sampler) -> None:
         self._model = model
-        self._attention = TorchAttention(model.config, pages)
+        self._attention = attention
         self.sampler = sampler
 
     @torch.inference_mode()
@@ -78,10 +77,10 @@ class Runner:
     def _hidden(self, plan: Plan, rows: Rows) -> Tensor:
         """[T', E], every token of the plan, before the final norm."""
         inputs = self._attention.prepare(plan, rows)
-        positions = inputs.positions.numpy()
-        token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions].astype(np.int64)
+        token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions_of(plan)].astype(np.int64)
         padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
-        return self._model.hidden(torch.from_numpy(padded), inputs, self._attention)
+        moved = torch.from_numpy(padded).to(inputs.positions.device)
+        return self._model.hidden(moved, inputs, self._attention)
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
         """Position p tells of the prompt token at p + 1. In pieces of rows: [T, V] is never whole."""
@@ -96,7 +95,8 @@ class Runner:
                 found[row] = PromptLogprobs(start, [])
                 for part in range(0, num_known, LOGITS_ROWS):
                     some = hidden[token + part : token + min(part + LOGITS_ROWS, num_known)]
-                    ids = torch.from_numpy(next_ids[part : part + LOGITS_ROWS].astype(np.int64))
+                    part_ids = next_ids[part : part + LOGITS_ROWS].astype(np.int64)
+                    ids = torch.from_numpy(part_ids).to(hidden.device)
                     found[row].logprobs.extend(self._logprobs(some, ids, count))
         return found
 
@@ -117,7 +117,8 @@ class Runner:
 
 
 def _last_rows(hidden: Tensor, plan: Plan) -> Tensor:
-    return hidden.index_select(0, torch.from_numpy((np.cumsum(plan.lens) - 1)[plan.samples]))  # [R, E]
+    last = torch.from_numpy((np.cumsum(plan.lens) - 1)[plan.samples])
+    return hidden.index_select(0, last.to(hidden.device))  # [R, E]
 
 
 def _merged(parts: Iterable[dict[int, Value]]) -> dict[int, Value]:

@@ -11,7 +11,8 @@ Never copied per query head, never a mask over the batch. Knows nothing of reque
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ class Mask:
     end: int
     is_hidden: Tensor
 
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return replace(self, is_hidden=self.is_hidden.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -51,6 +56,11 @@ class Section:
     num_keys: int
     slots: Tensor
     masks: list[Mask]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        masks = [mask.to(device) for mask in self.masks]
+        return replace(self, slots=self.slots.to(device), masks=masks)
 
 
 def plan_sections(

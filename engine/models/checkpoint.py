@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cabochon.engine.errors import BadCheckpoint
 
+CPU = torch.device("cpu")
 IGNORED = {"lm_head.weight"}  # tied to the embedding; some exporters write it all the same
 
 
@@ -32,8 +33,10 @@ class Checkpoint:
         self._left = set(self._file_of) - IGNORED
         self.num_elements = sum(prod(self._shape(name)) for name in self._left)
 
-    def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor `name`, which must have that shape, as dtype."""
+    def load(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
+    ) -> Tensor:
+        """The tensor `name`, which must have that shape, as dtype on the device."""
         if name not in self._file_of:
             raise BadCheckpoint(
                 f"the checkpoint must have a tensor {name}, {self._directory} has none: download it again"
@@ -46,7 +49,9 @@ class Checkpoint:
             )
         self._left.discard(name)
         tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor.to(dtype, copy=True)  # a view of the mapped file would change, or fault, with the file
+        return tensor.to(
+            device, dtype, copy=True
+        )  # a view of the mapped file would change, or fault, with the file
 
     def close(self) -> None:
         """Close the files. Raises BadCheckpoint if a tensor was never asked for: the model is another one."""

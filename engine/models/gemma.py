@@ -8,11 +8,12 @@ pages' owners or sampling.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cabochon.engine.attention import AttentionInputs, TorchAttention
+from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import Linear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
@@ -41,31 +42,37 @@ class Gemma:
     def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
         """Take every weight once through `load`, layer by layer, packing as it goes."""
         self.config = config
+        D = config.head_dim
         embedding = load("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._embedding = embedding  # [V, E]
         # √E rounded to the weights' dtype: 59.75 for 9B in bf16, as the checkpoints were trained
-        self._embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
+        self._embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype).to(
+            embedding.device
+        )
         self._layers = [_load_layer(config, load, layer) for layer in range(config.num_layers)]
         self._final_norm = _norm(load, "model.norm.weight", config.hidden_size)
         self._head = Linear(embedding)  # tied; its packed form is a copy
+        kinds = {
+            True: (config.rope_theta_sliding, 1.0),
+            False: (config.rope_theta_global, config.rope_factor_global),
+        }
         self._rope = {
-            True: rope_table(max_model_len, config.head_dim, config.rope_theta_sliding),
-            False: rope_table(
-                max_model_len, config.head_dim, config.rope_theta_global, config.rope_factor_global
-            ),
+            kind: tuple(table.to(embedding.device) for table in rope_table(max_model_len, D, theta, factor))
+            for kind, (theta, factor) in kinds.items()
         }
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights, the packed head beside the embedding counted."""
+        """Bytes of all weights, on a CPU the packed head beside the embedding counted."""
         linears = [
             linear.num_bytes
             for layer in self._layers
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
-        return self._embedding.nbytes + self._head.num_bytes + sum(linears)
+        head = self._head.num_bytes if self._head.is_packed else 0  # else it is the embedding itself
+        return self._embedding.nbytes + head + sum(linears)
 
-    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: TorchAttention) -> Tensor:
+    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:
         """Hidden rows before the final norm.
 
         token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. Returns [T', E].
@@ -99,7 +106,7 @@ class Gemma:
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         inputs: AttentionInputs,
-        attention: TorchAttention,
+        attention: Attention[Any],
     ) -> Tensor:
         eps = self.config.norm_eps
         branch = self._attention(index, layer, rms_norm(x, layer.input_norm, eps), angles, inputs, attention)
@@ -114,7 +121,7 @@ class Gemma:
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         inputs: AttentionInputs,
-        attention: TorchAttention,
+        attention: Attention[Any],
     ) -> Tensor:
         config = self.config
         heads = layer.qkv(x).view(len(x), -1, config.head_dim)  # [T', Hq + 2 Hkv, D]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from safetensors import safe_open
 
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.load import load_engine, usable_cores
+from cabochon.engine.load import load_engine, settle_backend, settle_device, usable_cores
 from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
@@ -70,6 +71,46 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(
     assert load(tiny_gemma2_dir, dtype="auto")[1].dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "device"),
+    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_auto_is_the_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, asked: str, has_gpu: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert settle_device(EngineConfig(device=asked)).type == device  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device must be cpu where torch finds no NVIDIA GPU, got cuda"):
+        settle_device(EngineConfig(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "backend"),
+    [("auto", "cpu", "torch"), ("auto", "cuda", "triton"), ("torch", "cuda", "torch")],
+)
+def test_auto_says_why_it_chose_a_backend(
+    caplog: pytest.LogCaptureFixture, asked: str, device: str, backend: str
+) -> None:
+    caplog.set_level(logging.INFO, "cabochon")
+    config = EngineConfig(attention_backend=asked)  # type: ignore[arg-type]
+    assert settle_backend(config, torch.device(device)) == backend
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
+
+
+REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU"}
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ConfigError, match="attention_backend must be torch on this cpu"):
+        settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp32", 4)])
 def test_weights_and_pages_have_the_dtype_that_is_asked_for(
     tiny_gemma2_dir: Path, dtype: str, itemsize: int
@@ -100,8 +141,8 @@ def test_one_line_says_that_the_engine_is_ready(
     caplog.set_level(logging.INFO, "cabochon")
     _, info = load(tiny_gemma2_dir)
     expected = (
-        f"engine ready architecture=Gemma2ForCausalLM dtype=fp32 threads=1 pages={info.num_pages}"
-        f" page_tokens=4 kv_bytes={info.kv_bytes} weight_bytes={info.weight_bytes}"
+        "engine ready architecture=Gemma2ForCausalLM device=cpu attention=torch dtype=fp32 threads=1"
+        f" pages={info.num_pages} page_tokens=4 kv_bytes={info.kv_bytes} weight_bytes={info.weight_bytes}"
     )
     assert [record.getMessage() for record in caplog.records if "ready" in record.getMessage()] == [expected]
 

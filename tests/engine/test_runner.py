@@ -11,7 +11,7 @@ from random_gemma import model_config, oracle_logits, random_gemma2, random_gemm
 from torch import Tensor
 
 from cabochon.engine import runner as runner_module
-from cabochon.engine.attention import AttentionInputs
+from cabochon.engine.attention import AttentionInputs, TorchAttention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.llm import LLM
@@ -76,7 +76,7 @@ def echo(max_seqs: int = 5) -> tuple[Runner, EchoModel, Rows]:
     model = EchoModel()
     rows = Rows(max_seqs=max_seqs, max_model_len=16, num_groups=2, page_tokens=P)
     rows.page_tables[:] = 1  # any page: the model does not look
-    runner = Runner(model, pages_of(CONFIG, 2), EchoSampler())  # type: ignore[arg-type]
+    runner = Runner(model, TorchAttention(CONFIG, pages_of(CONFIG, 2)), EchoSampler())  # type: ignore[arg-type]
     rows.token_ids[:] = np.arange(max_seqs)[:, None] * 100 + np.arange(16)  # 207 stands in row 2 at 7
     return runner, model, rows
 
@@ -159,7 +159,8 @@ def test_last_logits_are_softcapped_where_the_model_is(make: type, length: int) 
     model = Gemma(config, lambda name, shape: weights[name].view(shape), 16)
     num_groups = kv_layout(config, P, 4).num_groups
     rows = Rows(max_seqs=2, max_model_len=16, num_groups=num_groups, page_tokens=P)
-    runner = Runner(model, pages_of(config, 4 * num_groups), Sampler(config.vocab_size, config.final_softcap))
+    attention = TorchAttention(config, pages_of(config, 4 * num_groups))
+    runner = Runner(model, attention, Sampler(config.vocab_size, config.final_softcap))
     ids = prompt_of(length)
     row = rows.take(ids, length)
     rows.page_tables[:, row] = 1 + np.arange(4 * num_groups).reshape(num_groups, 4)
