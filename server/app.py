@@ -28,6 +28,7 @@ from cabochon.server.protocol import (
 )
 from cabochon.server.service import VERSION, Service
 from cabochon.server.streaming import JSON_TYPE, JsonResponse, read_body
+from cabochon.server.ui import add_ui
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INLINE_BYTES = 64 * 2**10  # parsed within 2 ms; a larger body is parsed aside, so that streams go on
@@ -44,6 +45,8 @@ def build_app(service: Service) -> FastAPI:
     _add_tokenizer(app, service)
     _add_models(app, service)
     _add_operations(app, service)
+    if service.config.ui:
+        add_ui(app)
     for kind in (ApiError, EngineError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -146,7 +149,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 
     @app.get("/docs", include_in_schema=False)
-    @app.get("/", include_in_schema=False)
     async def docs() -> Response:
         """A list of the routes that loads nothing from anywhere; /openapi.json has every field."""
         rows = [
