@@ -41,12 +41,17 @@ class Browser:
         """To whatever has the focus."""
         ActionChains(self.driver, duration=0).send_keys(*keys).perform()
 
-    def tab_to(self, element_id: str) -> None:
-        """By Tab alone. Fails if a whole round does not meet it."""
+    def type_with_shift(self, key: str) -> None:
+        """One key while Shift is held."""
+        ActionChains(self.driver, duration=0).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
+    def tab_to(self, element_id: str, *, back: bool = False) -> None:
+        """By Tab alone, or Shift and Tab. Fails if a whole round does not meet it."""
+        press = self.type_with_shift if back else self.type
         for _ in range(40):
             if self.focus() == element_id:
                 return
-            self.type(Keys.TAB)
+            press(Keys.TAB)
         raise AssertionError(f"Tab does not reach {element_id}")
 
     def focus(self) -> str:
