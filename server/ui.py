@@ -1,4 +1,4 @@
-"""`GET /`: a page to try the model. One static file, and headers that forbid whatever it does not do itself."""
+"""`GET /`: a page to try the model. One static file, and headers that forbid whatever it does not do."""
 
 import re
 from base64 import b64encode

@@ -1,4 +1,4 @@
-"""What some tests need and a machine may lack: they skip with the reason, and fail where all tests must run."""
+"""What some tests need and a machine may lack: they skip with the reason, or fail where all must run."""
 
 import os
 import shutil

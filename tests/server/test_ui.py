@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, live: LiveServer) -> Iterator[Browser]:
-    """The page of `live` with its models loaded. It asked for nothing elsewhere, and complained of nothing."""
+    """The page of `live`, loaded. In the end it has asked nobody else for anything, and logged no error."""
     browser.read_logs()
     browser.requests.clear()
     browser.complaints.clear()
@@ -357,11 +357,12 @@ def test_every_field_has_a_label_and_every_button_a_name(page: Browser) -> None:
 def test_nothing_sticks_out_of_the_window(browser: Browser, live: LiveServer, width: int) -> None:
     open_page(browser, live.url, width=width, height=700)
     browser.find("#prompt").click()
-    browser.type("long" * 100, Keys.ENTER)
-    browser.wait_for(".stats", "at max")
-    code = "const {scrollWidth, clientWidth} = document.querySelector(arguments[0]); return scrollWidth - clientWidth"
-    for selector in ("html", "#scroll"):
-        assert browser.driver.execute_script(code, selector) == 0
+    for turn in (1, 2):
+        browser.type("long" * 50, Keys.ENTER)
+        browser.wait_for(f".turn:nth-child({turn}) .stats", "at max tokens")
+    code = "const node = document.querySelector(arguments[0]); return node.scroll{0} - node.client{0}"
+    for selector, side in (("html", "Width"), ("html", "Height"), ("#scroll", "Width")):
+        assert browser.driver.execute_script(code.replace("{0}", side), selector) == 0
 
 
 def test_nothing_moves_for_whoever_prefers_it_so(browser: Browser, live: LiveServer) -> None:
@@ -393,5 +394,7 @@ def test_the_demo_answers_in_a_browser(browser: Browser, demo_dir: Path) -> None
         wait_until(lambda: server.metric("num_requests_running") == 0)
         assert server.metric("request_success_total", finished_reason="abort") == 1
         browser.read_logs()
-        assert {urlsplit(url).scheme + "://" + urlsplit(url).netloc for url in browser.requests} == {server.url}
+        assert {urlsplit(url).scheme + "://" + urlsplit(url).netloc for url in browser.requests} == {
+            server.url
+        }
         assert browser.complaints == []
