@@ -60,6 +60,11 @@ def set_max_tokens(browser: Browser, number: int) -> None:
     browser.driver.execute_script("document.getElementById('max_tokens').value = arguments[0]", number)
 
 
+def set_offline(browser: Browser, is_offline: bool) -> None:
+    limits = {"offline": is_offline, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.driver.execute_cdp_cmd("Network.emulateNetworkConditions", limits)
+
+
 def in_pieces(app: ASGIApp) -> ASGIApp:
     """Sends each byte by itself, so that events and characters are cut anywhere."""
 
@@ -332,17 +337,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path
 def test_a_server_that_is_gone_is_told_and_found_again(browser: Browser) -> None:
     with LiveServer() as live:
         open_page(browser, live.url)
-        browser.driver.execute_cdp_cmd(
-            "Network.emulateNetworkConditions",
-            {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
-        )
+        set_offline(browser, True)
         browser.wait_for("#offline", "cannot be reached")
         browser.type("hello", Keys.ENTER)
         browser.wait_for(".turn .error", "cannot be reached")
-        browser.driver.execute_cdp_cmd(
-            "Network.emulateNetworkConditions",
-            {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
-        )
+        set_offline(browser, False)
         wait_until(lambda: browser.text("#offline") == "")
 
 
