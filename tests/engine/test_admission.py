@@ -26,7 +26,7 @@ from cabochon.engine.sampling_params import SamplingParams
             {"prompt_ids": [3] * 40},
             {"max_tokens": 9},
             PromptTooLong,
-            "has 40 tokens and 9 of output are wanted: the prompt is too long, shorten it or lower max_tokens$",
+            "40 tokens and 9 of output are wanted: the prompt is too long, shorten it or lower max_tokens$",
         ),
         (
             {},

@@ -1,0 +1,22 @@
+"""What some tests need and not every machine has: without it they skip, or fail if CABOCHON_TEST_ALL is 1."""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import pytest
+
+
+def absent(reason: str) -> NoReturn:
+    """Skips the test that calls it, or fails it where nothing may be left out."""
+    if os.environ.get("CABOCHON_TEST_ALL") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def need_package(name: str) -> Any:
+    """The module of that name, of the extra `clients`."""
+    if find_spec(name) is None:
+        absent(f"{name} is not installed: make clients")
+    return import_module(name)
