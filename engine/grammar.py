@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 
 from cabochon.engine.detokenizer import TokenBytes
 from cabochon.engine.errors import BadGrammar
-from cabochon.engine.sampling_params import Grammar
+from cabochon.engine.sampling_params import JSON_WHITESPACE, Grammar
 
 KEPT_GRAMMARS = 64  # compiled ones, the least recently used goes first
 THREADS = 8  # more than cores: one that takes seconds must not hold up the others
-# Bounded, or a model may write white space until its tokens run out. Verbose errors would quote the text.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{0,8}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": JSON_WHITESPACE}
+# Verbose errors would quote the text
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
 
 
@@ -130,6 +130,8 @@ def _source(grammar: Grammar) -> str:
             case "regex":
                 return LLMatcher.grammar_from_regex(grammar.text)
             case "lark":
+                return LLMatcher.grammar_from_lark(grammar.text)
+            case "lark_or_gbnf":  # told apart by their looks, so never for text of our own making
                 return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
     except (ValueError, RecursionError, GbnfToLarkError):
         raise BadGrammar(

@@ -8,6 +8,7 @@ from cabochon.engine.errors import BadSampling
 MAX_LOGIT_BIAS = 1024  # entries; OpenAI documents 300
 MAX_STOP_TOKENS = 256
 MAX_GRAMMAR_CHARS = 2**18
+JSON_WHITESPACE = r"[ \n]{0,8}"  # in enforced JSON: bounded, or a model may write it until its tokens run out
 MAX_LOGPROBS = 20  # alternatives per token; OpenAI's limit
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1
@@ -15,9 +16,9 @@ MAX_TOP_K = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What the output must be. lark: llguidance's dialect, or GBNF. `param`: the field that errors name."""
+    """What the output must be. lark: llguidance's dialect. `param`: the field that errors name."""
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: Literal["json_schema", "regex", "lark", "lark_or_gbnf"]
     text: str
     param: str = field(default="structured_outputs", compare=False)
 

@@ -2,13 +2,9 @@
 
 import asyncio
 import html
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -16,28 +12,29 @@ from starlette.responses import HTMLResponse, Response
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import EngineError
 from cabochon.server.auth import ApiKeys
+from cabochon.server.body import Parsed, parse
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.middleware import CLIENT_GONE, Border
+from cabochon.server.openapi import ERRORS, METRICS, STREAM, body_of, with_bodies
 from cabochon.server.protocol import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
+    check_turns,
 )
+from cabochon.server.responses import ResponsesRequest
 from cabochon.server.service import VERSION, Service
-from cabochon.server.streaming import JSON_TYPE, JsonResponse, read_body
+from cabochon.server.streaming import JsonResponse, read_body
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INLINE_BYTES = 64 * 2**10  # parsed within 2 ms; a larger body is parsed aside, so that streams go on
-BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def build_app(service: Service) -> FastAPI:
     """All routes. The caller starts and stops the engine, and drains through service.lifecycle."""
-    app = FastAPI(title="Cabochon", version=VERSION, docs_url=None, redoc_url=None)
-    app.openapi = _with_bodies(app.openapi)  # type: ignore[method-assign]  # the documented way to extend it
+    app = FastAPI(title="Cabochon", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
+    app.openapi = with_bodies(app.openapi)  # type: ignore[method-assign]  # the documented way to extend it
     app.state.service = service
     app.add_middleware(Border, keys=ApiKeys(service.config.api_key_file))
     _add_generation(app, service)
@@ -51,21 +48,39 @@ def build_app(service: Service) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=STREAM)
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
         body = await _read(ChatRequest, request, service)
         return await service.respond(await service.chat(body, _id(request)), request)
 
-    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=STREAM)
     async def completions(request: Request) -> Response:
         """Continue one prompt or several, text or token ids."""
         body = await _read(CompletionRequest, request, service)
         return await service.respond(await service.completion(body, _id(request)), request)
 
+    @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest), responses=STREAM)
+    async def responses(request: Request) -> Response:
+        """Answer a conversation that the body brings whole: nothing is stored."""
+        body = await _read(ResponsesRequest, request, service)
+        return await service.respond(await service.response(body, _id(request)), request)
+
+    @app.post("/v1/chat/completions/render", openapi_extra=body_of(ChatRequest))
+    async def render_chat(request: Request) -> Response:
+        """The tokens of a chat, without running it."""
+        body = await _read(ChatRequest, request, service)
+        return JsonResponse((await service.render(body, _id(request)))[0])
+
+    @app.post("/v1/completions/render", openapi_extra=body_of(CompletionRequest))
+    async def render_completion(request: Request) -> Response:
+        """The tokens of each prompt, without running it."""
+        body = await _read(CompletionRequest, request, service)
+        return JsonResponse(await service.render(body, _id(request)))
+
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of messages through the chat template."""
         body = await _read(TokenizeRequest, request, service)
@@ -74,8 +89,12 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             raise ApiError("exactly one of prompt and messages must be given: send one", param="prompt")
         limit, prompts = service.engine.info.max_model_len, service.prompts
         if body.messages is not None:
+            check_turns(body.messages)
             ids = await prompts.of_messages(
-                body.messages, limit=limit, add_generation_prompt=body.add_generation_prompt
+                body.messages,
+                limit=limit,
+                functions=[tool.function for tool in body.tools],
+                add_generation_prompt=body.add_generation_prompt,
             )
         else:
             ids = await prompts.encode(
@@ -86,7 +105,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             answer["token_strs"] = [prompts.tokenizer.id_to_token(token_id) for token_id in ids]
         return JsonResponse(answer)
 
-    @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
         body = await _read(DetokenizeRequest, request, service)
@@ -140,7 +159,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """Of Cabochon."""
         return JsonResponse({"version": VERSION})
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=METRICS)
     async def metrics() -> Response:
         """Prometheus text format."""
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
@@ -161,7 +180,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         )
 
 
-async def _read(kind: type[Body], request: Request, service: Service) -> Body:
+async def _read(kind: type[Parsed], request: Request, service: Service) -> Parsed:
     raw = await read_body(request, service.config.max_body_bytes)
     if len(raw) <= INLINE_BYTES:
         return parse(kind, raw)
@@ -170,26 +189,6 @@ async def _read(kind: type[Body], request: Request, service: Service) -> Body:
 
 def _id(request: Request) -> str:
     return str(request.state.request_id)
-
-
-def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
-    """Bodies are parsed by protocol.parse, with errors in OpenAI's shape: tell OpenAPI what they hold."""
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}}}
-
-
-def _with_bodies(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """Add the schemas that _body_of refers to."""
-
-    @cache
-    def extended() -> dict[str, Any]:
-        schema = openapi()
-        models: list[Any] = [(kind, "validation") for kind in BODIES]
-        _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        return schema
-
-    return extended
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:

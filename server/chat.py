@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -20,6 +20,7 @@ from cabochon.engine.errors import BadCheckpoint, ConfigError
 from cabochon.server.control_strings import ControlStrings
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import Message
+from cabochon.server.tools import Function, arguments_value, calls_text, declaration, output_text
 
 # Gemma's turns, for base models whose files carry no template (google/gemma_pytorch documents them).
 GEMMA_TEMPLATE = (
@@ -35,7 +36,7 @@ GEMMA_TEMPLATE = (
 )
 CUT = "\ud800"  # marks where a spelled-out control token is cut: half a character, which JSON cannot bring
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
 
 
 class ChatTemplate:
@@ -50,40 +51,65 @@ class ChatTemplate:
         control_strings: Sequence[str] = (),
     ) -> None:
         """control_strings: what special tokens look like. Raises ConfigError if the source is no template."""
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            variables = meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise ConfigError(f"a chat template must be valid Jinja: {error}: correct it") from None
         self._special = special
         self._prepends = system_role == "prepend"
         self._control = ControlStrings(control_strings)
+        self._knows_tools = "tools" in variables
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        functions: Sequence[Function] = (),
+        is_parallel: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[str]:
         """The prompt up to where the model answers, in pieces to be encoded one by one.
 
+        functions: that the model may call; is_parallel: several at once.
         Raises ApiError if the template refuses the messages.
         """
-        turns = [
-            {"role": _role(message), "content": self._control.cut(message.text, CUT)} for message in messages
-        ]
+        tools: list[Turn] | None = None
+        if self._knows_tools:
+            turns = [_native(message) for message in messages]
+            tools = [
+                {"type": "function", "function": one.model_dump(exclude={"strict"})} for one in functions
+            ] or None
+        else:
+            turns = _gemma_turns(messages, functions, is_parallel)
+        turns, tools = self._cut(turns), self._cut(tools)
         if self._prepends:
             turns = _prepended(turns)
         try:
-            text = self._render(turns, add_generation_prompt)
+            text = self._render(turns, tools, add_generation_prompt)
         except Exception as error:  # a template is a program that came with the checkpoint: it may raise any
-            self._refuse(turns, error)
+            self._refuse(turns, tools, error)
         return [piece for piece in text.split(CUT) if piece]
 
-    def _render(self, turns: list[Turn], add_generation_prompt: bool) -> str:
+    def _cut(self, value: Any) -> Any:
+        """The same with the control strings of every text cut in two."""
+        if isinstance(value, str):
+            return self._control.cut(value, CUT)
+        if isinstance(value, dict):
+            return {self._cut(name): self._cut(item) for name, item in value.items()}
+        return [self._cut(item) for item in value] if isinstance(value, list) else value
+
+    def _render(self, turns: list[Turn], tools: list[Turn] | None, add_generation_prompt: bool) -> str:
         return self._template.render(
-            messages=turns, add_generation_prompt=add_generation_prompt, tools=None, **self._special
+            messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self._special
         )
 
-    def _refuse(self, turns: list[Turn], error: Exception) -> NoReturn:
+    def _refuse(self, turns: list[Turn], tools: list[Turn] | None, error: Exception) -> NoReturn:
         """Say what is wrong, and what to do where the system role is at fault: it would work without."""
         if any(turn["role"] == "system" for turn in turns):
             try:
-                self._render(_prepended(turns), True)
+                self._render(_prepended(turns), tools, True)
             except Exception:  # as above
                 pass
             else:
@@ -169,6 +195,51 @@ def _token(value: Any, default: str) -> str:
 
 def _role(message: Message) -> str:
     return "system" if message.role == "developer" else message.role
+
+
+def _native(message: Message) -> Turn:
+    """As templates that know tools expect it."""
+    turn: Turn = {"role": _role(message), "content": message.text}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": arguments_value(call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _gemma_turns(messages: Sequence[Message], functions: Sequence[Function], is_parallel: bool) -> list[Turn]:
+    """Tools as text: declared before the first user text, results in user turns (see tools.py)."""
+    turns: list[Turn] = []
+    follows_tool = False
+    for message in messages:
+        role, text = _role(message), message.text
+        if message.tool_calls:
+            calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
+            text = "\n".join(filter(None, [text, calls_text(calls)]))
+        elif role == "tool":
+            role, text = "user", output_text(text)
+        if follows_tool and role == "user":
+            turns[-1]["content"] += f"\n{text}"
+        else:
+            turns.append({"role": role, "content": text})
+        follows_tool = message.role == "tool" or (follows_tool and role == "user")
+    if functions:
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+        if first == len(turns):
+            turns.append({"role": "user", "content": ""})
+        text = declaration(functions, is_parallel=is_parallel)
+        turns[first]["content"] = f"{text}\n{turns[first]['content']}"
+    return turns
 
 
 def _prepended(turns: list[Turn]) -> list[Turn]:

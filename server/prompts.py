@@ -11,6 +11,7 @@ from cabochon.engine.errors import BadCheckpoint, PromptTooLong
 from cabochon.server.chat import ChatTemplate, load_chat_template
 from cabochon.server.config import ServerConfig
 from cabochon.server.protocol import Message
+from cabochon.server.tools import Function
 
 INLINE_CHARS = 2000  # 0.5 ms on a Zen 4 core: shorter texts are encoded on the event loop
 MESSAGE_CHARS = 50  # what rendering a message costs, in characters to encode
@@ -29,17 +30,31 @@ class Prompts:
         self._max_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
 
     async def of_messages(
-        self, messages: Sequence[Message], *, limit: int, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        limit: int,
+        functions: Sequence[Function] = (),
+        is_parallel: bool = True,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a chat. The template writes <bos> and turn tokens itself."""
-        num_chars = sum(len(message.text) for message in messages)
+        """Token ids of a chat. The template writes <bos> and turn tokens itself.
+
+        functions: that the model may call; is_parallel: several at once.
+        """
+        num_chars = sum(map(_num_chars, messages)) + sum(len(one.model_dump_json()) for one in functions)
         self._check_chars(num_chars, limit, "messages")
 
         def ids() -> list[int]:
-            pieces = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+            pieces = self._template.render(
+                messages,
+                functions=functions,
+                is_parallel=is_parallel,
+                add_generation_prompt=add_generation_prompt,
+            )
             return self._encode(pieces, add_special_tokens=False)
 
-        return await _aside(ids, num_chars + MESSAGE_CHARS * len(messages))
+        return await _aside(ids, num_chars + MESSAGE_CHARS * (len(messages) + len(functions)))
 
     async def encode(self, text: str, *, limit: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; control tokens in it are read as such.
@@ -62,6 +77,11 @@ class Prompts:
                 " shorten it",
                 param,
             )
+
+
+def _num_chars(message: Message) -> int:
+    calls = message.tool_calls or ()
+    return len(message.text) + sum(len(call.function.name + call.function.arguments) for call in calls)
 
 
 async def _aside(work: Callable[[], list[int]], num_chars: int) -> list[int]:

@@ -2,11 +2,11 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request
@@ -16,33 +16,37 @@ from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import BadPrompt, BadSampling, RequestError
 from cabochon.engine.messages import GenerateRequest
-from cabochon.engine.sampling_params import MAX_SEED, SamplingParams
+from cabochon.engine.sampling_params import MAX_SEED, Grammar, SamplingParams
 from cabochon.server.config import ServerConfig
 from cabochon.server.errors import ApiError, as_api_error
-from cabochon.server.formats import Format, Usage
+from cabochon.server.formats import Answer, ChatAnswer, CompletionAnswer, Head, Usage
 from cabochon.server.generation import Choice, Delta, run_choices
 from cabochon.server.lifecycle import Lifecycle
-from cabochon.server.logprobs import ScoredTokens, text_length
 from cabochon.server.metrics import Metrics
 from cabochon.server.prompts import Prompts
-from cabochon.server.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
-from cabochon.server.streaming import DONE, EventStream, JsonResponse, event, or_disconnect
+from cabochon.server.protocol import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    SamplingFields,
+)
+from cabochon.server.response_events import ResponseAnswer
+from cabochon.server.responses import NAMES, ResponsesRequest
+from cabochon.server.streaming import EventStream, JsonResponse, or_disconnect
 
 VERSION = version("cabochon")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A body, ready to run. echo: per choice, text that goes before the generated one."""
+    """A body, ready to run."""
 
     choices: list[Choice]
-    echo: list[str]
-    frame: Format
+    answer: Answer
     usage: Usage
     prompts_of: list[int]  # per choice, which prompt it continues
     is_stream: bool
-    include_usage: bool
-    continuous_usage: bool
 
 
 class Service:
@@ -71,35 +75,62 @@ class Service:
 
     async def chat(self, body: ChatRequest, request_id: str) -> Job:
         """A job for POST /v1/chat/completions."""
-        model = self.check_model(body.model)
-        prompt = await self.prompts.of_messages(body.messages, limit=self.engine.info.max_model_len)
-        try:
-            return self._job(
-                "chat", body, [prompt], body.max_completion_tokens or body.max_tokens, model, request_id
-            )
-        except RequestError as error:  # the engine's names, in words of this endpoint
-            newer = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-            error.param = {"prompt": "messages", "max_tokens": newer}.get(error.param or "", error.param)
-            raise
+        head = self._head("chatcmpl", body, request_id)
+        with self._words_of_chat(body):
+            choices = await self._chat_choices(body)
+        return self._job(body, choices, head, ChatAnswer(head, len(choices), body.tool_use()))
 
     async def completion(self, body: CompletionRequest, request_id: str) -> Job:
         """A job for POST /v1/completions."""
-        model = self.check_model(body.model)
-        prompts = [await self._prompt_ids(prompt) for prompt in _as_batch(body.prompt)]
-        job = self._job("completion", body, prompts, body.max_tokens, model, request_id)
+        head = self._head("cmpl", body, request_id)
+        choices = await self._completion_choices(body)
+        echo = [""] * len(choices)
         if body.echo:
             texts = [self._text_of(prompt, body) for prompt in _as_batch(body.prompt)]
-            job.echo[:] = [texts[prompt] for prompt in job.prompts_of]
-        return job
+            echo = [texts[index // body.n] for index in range(len(choices))]
+        return self._job(body, choices, head, CompletionAnswer(head, echo))
+
+    async def response(self, body: ResponsesRequest, request_id: str) -> Job:
+        """A job for POST /v1/responses."""
+        head = self._head("resp", body, request_id)
+        try:
+            chat = body.as_chat()
+            with self._words_of_chat(chat):
+                choices = await self._chat_choices(chat)
+        except (RequestError, ApiError) as error:
+            name, _, rest = (error.param or "").partition(".")
+            if name in NAMES:
+                error.param = NAMES[name] if name == "messages" else f"{NAMES[name]}{rest and '.'}{rest}"
+            raise
+        return self._job(body, choices, head, ResponseAnswer(head, body, chat.tool_use()))
+
+    async def render(self, body: ChatRequest | CompletionRequest, request_id: str) -> list[dict[str, Any]]:
+        """What would run, one entry a prompt, in vLLM's words: endpoint pickers read its tokens."""
+        if isinstance(body, ChatRequest):
+            prefix = "chatcmpl"
+            with self._words_of_chat(body):
+                choices = await self._chat_choices(body)
+        else:
+            prefix, choices = "cmpl", await self._completion_choices(body)
+        head = self._head(prefix, body, request_id)
+        return [
+            {
+                "request_id": head.answer_id,
+                "model": head.model,
+                "token_ids": choice.request.prompt_ids,
+                "sampling_params": asdict(choice.request.params),
+            }
+            for choice in choices[:: body.n]
+        ]
 
     async def respond(self, job: Job, request: Request) -> JsonResponse | EventStream:
         """Run a job. Errors before the first token are raised, so that they get a status of their own."""
         deltas = self._run(job, request.state.log_fields)
         if not job.is_stream:
             async with aclosing(deltas):
-                return JsonResponse(await or_disconnect(request.receive, _collect(job, deltas)))
+                return JsonResponse(await or_disconnect(request.receive, _collect(job.answer, deltas)))
         first = await or_disconnect(request.receive, anext(deltas))
-        return EventStream(_events(job, first, deltas))
+        return EventStream(_events(job.answer, first, deltas))
 
     async def _run(self, job: Job, log_fields: dict[str, Any]) -> AsyncGenerator[Delta, None]:
         """Deltas, counted. log_fields get what the access line says of them."""
@@ -131,15 +162,33 @@ class Service:
             )
         return await self.prompts.encode(prompt, limit=self.engine.info.max_model_len)
 
-    def _job(
-        self,
-        kind: Literal["chat", "completion"],
-        body: GenerationRequest,
-        prompts: Sequence[list[int]],
-        max_tokens: int | None,
-        model: str,
-        request_id: str,
-    ) -> Job:
+    async def _chat_choices(self, body: ChatRequest) -> list[Choice]:
+        tools = body.tool_use()
+        prompt = await self.prompts.of_messages(
+            body.messages,
+            limit=self.engine.info.max_model_len,
+            functions=() if tools is None else tools.functions,
+            is_parallel=tools is not None and tools.is_parallel,
+        )
+        return self._choices(body, [prompt], body.max_completion_tokens or body.max_tokens)
+
+    async def _completion_choices(self, body: CompletionRequest) -> list[Choice]:
+        prompts = [await self._prompt_ids(prompt) for prompt in _as_batch(body.prompt)]
+        return self._choices(body, prompts, body.max_tokens)
+
+    @contextmanager
+    def _words_of_chat(self, body: ChatRequest) -> Iterator[None]:
+        """The engine's names for what is wrong, in words of this endpoint."""
+        try:
+            yield
+        except RequestError as error:
+            newer = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            error.param = {"prompt": "messages", "max_tokens": newer}.get(error.param or "", error.param)
+            raise
+
+    def _choices(
+        self, body: GenerationRequest, prompts: Sequence[list[int]], max_tokens: int | None
+    ) -> list[Choice]:
         if len(prompts) * body.n > MAX_CHOICES:
             raise ApiError(
                 f"prompts · n must be at most {MAX_CHOICES}, got {len(prompts)} · {body.n}:"
@@ -150,14 +199,14 @@ class Service:
         seed = secrets.randbelow(last_seed) if body.seed is None else body.seed
         if not 0 <= seed <= last_seed:
             raise BadSampling(f"seed must be in [0, 2^63 - n], got {seed}: choose another", "seed")
-        now, name = time.monotonic(), uuid4().hex
+        now, name, grammar = time.monotonic(), uuid4().hex, body.grammar()
         choices = []
         for index in range(len(prompts) * body.n):
             prompt, draw = divmod(index, body.n)
             request = GenerateRequest(
                 request_id=f"{name}-{index}",
                 prompt_ids=prompts[prompt],
-                params=_sampling_params(body, max_tokens, seed + draw),
+                params=_sampling_params(body, max_tokens, seed + draw, grammar),
                 priority=body.priority,
                 cache_salt=body.cache_salt,
                 arrival_s=now,
@@ -166,24 +215,30 @@ class Service:
                 info = self.engine.info
                 check_request(request, max_model_len=info.max_model_len, vocab_size=info.vocab_size)
             choices.append(Choice(index, request, self._detokenizer(body), is_echo_only=max_tokens == 0))
-        options = body.stream_options
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        return Job(
-            choices=choices,
-            echo=[""] * len(choices),
-            frame=Format(
-                kind,
-                f"{prefix}-{body.request_id or request_id}",
-                model,
-                int(time.time()),
-                self.fingerprint,
-                self.prompts.token_bytes,
-            ),
-            usage=Usage(sum(map(len, prompts))),
-            prompts_of=[index // body.n for index in range(len(choices))],
-            is_stream=body.stream,
+        return choices
+
+    def _head(self, prefix: str, body: SamplingFields, request_id: str) -> Head:
+        options = body.stream_options if isinstance(body, GenerationRequest) else None
+        return Head(
+            answer_id=f"{prefix}-{body.request_id or request_id}",
+            model=self.check_model(body.model),
+            created=int(time.time()),
+            fingerprint=self.fingerprint,
+            token_bytes=self.prompts.token_bytes,
+            usage=Usage(0),
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
+        )
+
+    def _job(self, body: SamplingFields, choices: list[Choice], head: Head, answer: Answer) -> Job:
+        num_draws = body.n if isinstance(body, GenerationRequest) else 1
+        head.usage.prompt_tokens = sum(len(one.request.prompt_ids) for one in choices[::num_draws])
+        return Job(
+            choices=choices,
+            answer=answer,
+            usage=head.usage,
+            prompts_of=[index // num_draws for index in range(len(choices))],
+            is_stream=body.stream,
         )
 
     def _detokenizer(self, body: GenerationRequest) -> Detokenizer:
@@ -206,7 +261,9 @@ def _as_batch(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int) -> SamplingParams:
+def _sampling_params(
+    body: GenerationRequest, max_tokens: int | None, seed: int, grammar: Grammar | None
+) -> SamplingParams:
     try:
         bias = {int(token_id): value for token_id, value in body.logit_bias.items()}
     except ValueError:
@@ -225,54 +282,31 @@ def _sampling_params(body: GenerationRequest, max_tokens: int | None, seed: int)
         logit_bias=bias,
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
-        grammar=body.grammar(),
+        grammar=grammar,
         logprobs=body.num_logprobs,
-        prompt_logprobs=body.num_logprobs if isinstance(body, CompletionRequest) and body.echo else None,
+        prompt_logprobs=body.num_prompt_logprobs,
     )
 
 
-async def _collect(job: Job, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
-    texts = list(job.echo)
-    reasons: list[str | None] = [None] * len(texts)
-    scored: list[ScoredTokens | None] = [None] * len(texts)
+async def _collect(answer: Answer, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
     async for delta in deltas:
-        texts[delta.index] += delta.text
-        reasons[delta.index] = delta.finish_reason
-        if delta.scored is not None:
-            scored[delta.index] = so_far = scored[delta.index] or ScoredTokens()
-            so_far.extend(delta.scored.token_ids, delta.scored.logprobs)
-    return job.frame.whole(texts, reasons, scored, job.usage)
+        answer.add(delta)
+    return answer.whole()
 
 
-async def _events(job: Job, first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-    offsets: dict[int, int] = {}  # of choices that were seen
-
-    def render(delta: Delta) -> bytes | None:
-        is_first = delta.index not in offsets
-        if not (delta.text or delta.finish_reason or is_first or delta.scored):
-            return None  # held back: the start of a stop string, or half a character
-        offset = offsets.setdefault(delta.index, 0)
-        if delta.scored is not None:
-            offsets[delta.index] += text_length(delta.scored, job.frame.token_bytes)
-        if is_first:
-            delta.text = job.echo[delta.index] + delta.text
-        usage: dict[str, Any] = {}
-        if job.continuous_usage:
-            usage = {"usage": job.usage.as_json()}
-        elif job.include_usage:
-            usage = {"usage": None}
-        return event(job.frame.chunk(delta, is_first=is_first, usage=usage, offset=offset))
-
+async def _events(
+    answer: Answer, first: Delta, deltas: AsyncGenerator[Delta, None]
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(deltas):
         try:
-            if chunk := render(first):
+            for chunk in (*answer.opening(), *answer.events(first)):
                 yield chunk
             async for delta in deltas:
-                if chunk := render(delta):
+                for chunk in answer.events(delta):
                     yield chunk
-            if job.include_usage:
-                yield event(job.frame.last(job.usage))
         except Exception as error:  # the status is sent: the error can only be an event
-            yield event(as_api_error(error).body())
+            for chunk in answer.failure(as_api_error(error)):
+                yield chunk
             return
-        yield DONE
+        for chunk in answer.closing():
+            yield chunk

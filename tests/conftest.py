@@ -35,9 +35,16 @@ def tiny_gemma3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tmp_path_factory.mktemp("gemma3"), random_gemma3)
 
 
-def _save(directory: Path, make: Callable[..., torch.nn.Module]) -> Path:
+@pytest.fixture(scope="session")
+def long_gemma2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Gemma 2 with a context of 8192 tokens: its tokenizer takes many for functions."""
+    return _save(tmp_path_factory.mktemp("long"), random_gemma2, max_position_embeddings=8192)
+
+
+def _save(directory: Path, make: Callable[..., torch.nn.Module], **options: int) -> Path:
     tokenizer = tiny_tokenizer()
-    model = make(vocab_size=tokenizer.get_vocab_size(), eos_token_id=1, bos_token_id=2, pad_token_id=0)
+    ids = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    model = make(vocab_size=tokenizer.get_vocab_size(), **ids, **options)
     model.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory

@@ -69,7 +69,7 @@ def test_a_regex_is_matched(llm: LLM, temperature: float) -> None:
 
 @pytest.mark.parametrize("text", ['start: "yes" | "no"', 'root ::= "yes" | "no"'], ids=["lark", "gbnf"])
 def test_a_grammar_leaves_only_its_words(llm: LLM, text: str) -> None:
-    answers = run(llm, Grammar(kind="lark", text=text), count=8)
+    answers = run(llm, Grammar(kind="lark_or_gbnf", text=text), count=8)
     assert {answer.text for answer in answers} == {"yes", "no"}
     assert {answer.finish_reason for answer in answers} == {"stop"}
 

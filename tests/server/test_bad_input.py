@@ -123,6 +123,7 @@ def test_wrong_fields_are_named(shared: LiveServer, fields: dict[str, Any], para
     assert not shared.engine.open
 
 
+CALL = {"id": "1", "function": {"name": "f", "arguments": SECRET}}
 CHATS: list[tuple[Any, str]] = [
     (None, "messages"),
     ([], "messages"),
@@ -131,9 +132,9 @@ CHATS: list[tuple[Any, str]] = [
     ([{"role": "user", "content": None}], "messages.0.content"),
     ([{"role": "user", "content": 5}], "messages.0.content"),
     ([{"role": "robot", "content": SECRET}], "messages.0.role"),
-    ([{"role": "tool", "content": SECRET}], "messages.0.role"),
+    ([{"role": "tool", "content": SECRET}], "messages.0.tool_call_id"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": SECRET}}]}], "messages.0"),
-    ([{"role": "user", "content": SECRET, "tool_calls": []}], "messages.0.tool_calls"),
+    ([{"role": "user", "content": SECRET, "tool_calls": [CALL]}], "messages.0.tool_calls"),
     ([{"role": "user", "content": SECRET}] * 2, "messages"),
     ([{"role": "assistant", "content": SECRET}], "messages"),
     ([{"role": "system", "content": SECRET}], "messages"),
@@ -321,7 +322,7 @@ def test_no_log_line_has_a_users_text(live: LiveServer, caplog: pytest.LogCaptur
 
 def test_lists_that_are_too_long_say_how_long_they_may_be(shared: LiveServer) -> None:
     for prompt in (["a"] * 129, [[5]] * 129):
-        assert "prompt must be at most 128 prompts, got 129" in error_of(shared.complete(prompt))["message"]
+        assert "prompt must have at most 128 prompts, got 129" in error_of(shared.complete(prompt))["message"]
     error = error_of(shared.complete(stop=["a"] * 10_000))
     assert error["message"] == "stop must have at most 16 strings, got 10000: send fewer"
     tokens = {"tokens": [5] * 1025}

@@ -5,17 +5,15 @@ from typing import Any
 
 import pytest
 
+from cabochon.server.body import MAX_DEPTH, MAX_ITEMS, parse, without_nulls
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import (
     ASKS_NOTHING,
-    MAX_ITEMS,
     NO_EFFECT,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
-    without_nulls,
 )
 
 SECRET = "the secret words of a user"
@@ -115,7 +113,7 @@ def test_a_wrong_value_in_a_union_is_named_without_the_unions_branch(
         ),
         ({**USER, "content": 5}, CONTENT, "not valid"),
         ({"content": SECRET}, "messages.0.role", "must be given: add it"),
-        ({**USER, "role": SECRET}, "messages.0.role", "'system', 'developer', 'user' or 'assistant'"),
+        ({**USER, "role": SECRET}, "messages.0.role", "'system', 'developer', 'user', 'assistant' or 'tool'"),
         (SECRET, "messages.0", "not valid"),
     ],
     ids=str,
@@ -128,7 +126,7 @@ def test_a_wrong_message_is_named_to_the_part(message: Any, param: str, says: st
 
 
 def test_of_two_wrong_fields_the_first_is_named_however_deep_the_other_is() -> None:
-    assert refusal(completion, stop=["a", 5], n=SECRET).param == "n"
+    assert refusal(completion, stop=["a", 5], seed=SECRET).param == "seed"
 
 
 def test_an_unknown_field_is_told_before_other_faults() -> None:
@@ -168,6 +166,8 @@ def test_a_body_that_is_no_json_says_so(raw: bytes) -> None:
 def test_a_body_nested_too_deeply_says_so() -> None:
     raw = b'{"prompt": ' + b"[" * 100_000
     assert "nested too deeply" in str(refusal(parse, CompletionRequest, raw))
+    raw = b'{"prompt": ' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"}"
+    assert "nested at most 100 deep" in str(refusal(parse, CompletionRequest, raw))
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
@@ -181,12 +181,12 @@ def test_what_is_not_implemented_may_ask_for_nothing(name: str) -> None:
     for value in ASKS_NOTHING[name]:
         assert completion(**{name: value}) == completion()
     error = refusal(completion, **{name: SECRET})
-    assert str(error) == f"{name} must be absent: this server does not support it yet"
+    assert str(error) == f"{name} must be absent: this server does not support it"
     assert (error.param, error.code) == (name, "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
-    "fields", [{"best_of": True}, {"best_of": 1.0}, {"suffix": False}, {"tools": {}}], ids=str
+    "fields", [{"best_of": True}, {"best_of": 1.0}, {"suffix": False}, {"functions": {}}], ids=str
 )
 def test_an_equal_value_of_another_type_asks_for_something(fields: dict[str, Any]) -> None:
     assert refusal(completion, **fields).code == "unsupported_parameter"
@@ -232,3 +232,94 @@ def test_each_endpoint_has_its_own_fields() -> None:
 def test_completions_make_16_tokens_and_chats_have_no_limit_of_their_own() -> None:
     assert completion().max_tokens == 16
     assert chat().max_tokens is None
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = {"role": "assistant", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "5"}
+
+
+def test_a_chat_may_hold_calls_and_their_results() -> None:
+    turns = chat(USER, CALLED, RESULT, {**CALLED, "content": "text"}, RESULT, RESULT, USER).messages
+    assert [turn.text for turn in turns] == ["hi", "", "5", "text", "5", "5", "hi"]
+    assert turns[1].tool_calls is not None
+    assert turns[1].tool_calls[0].function.name == "f"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([USER, RESULT], "messages.1.tool_call_id"),
+        ([USER, CALLED, {**RESULT, "tool_call_id": SECRET}], "messages.2.tool_call_id"),
+        ([USER, CALLED, USER, RESULT], "messages.3.tool_call_id"),
+        ([USER, CALLED, {"role": "tool", "content": "5"}], "messages.2.tool_call_id"),
+        ([{**USER, "tool_call_id": "1"}], "messages.0.tool_call_id"),
+        ([{**USER, "tool_calls": [CALL]}], "messages.0.tool_calls"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([USER, {"role": "assistant", "tool_calls": []}], "messages.1.content"),
+        ([{"role": "assistant", "tool_calls": [{**CALL, "type": SECRET}]}], "messages.0.tool_calls.0.type"),
+        (
+            [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f"}}]}],
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+    ],
+    ids=str,
+)
+def test_calls_and_results_that_do_not_belong_together_are_named(messages: list[Any], param: str) -> None:
+    assert refusal(chat, *messages).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{**TOOL, "type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": SECRET}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tool_choice": SECRET}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"response_format": {"type": SECRET}}, "response_format.type"),
+    ],
+    ids=str,
+)
+def test_wrong_tools_are_named(fields: dict[str, Any], param: str) -> None:
+    assert refusal(chat, **fields).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+    ids=str,
+)
+def test_tools_that_do_not_fit_are_refused(fields: dict[str, Any], param: str) -> None:
+    assert refusal(lambda: chat(**fields).grammar()).param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"tools": [TOOL], "tool_choice": "none"},
+    ],
+    ids=str,
+)
+def test_without_tools_nothing_may_be_called(fields: dict[str, Any]) -> None:
+    assert chat(**fields).tool_use() is None
+
+
+def test_completions_may_turn_logprobs_off_with_false() -> None:
+    assert completion(logprobs=False).num_logprobs is None
+    assert refusal(completion, logprobs=True).param == "logprobs"

@@ -30,7 +30,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"enum": [None, 1]}}, "required"
         ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type":"object"}'),
         ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
         ({"structured_outputs": {"choice": ["a", 'b"c\n']}}, "lark", 'start: "a" | "b\\"c\\n"'),
-        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark_or_gbnf", 'start: "a"'),
     ],
     ids=range(8),
 )

@@ -1,0 +1,214 @@
+"""Functions that a model may call: their fields, how they stand in a prompt, the grammar of a call.
+
+Gemma 2 and 3 know no tool tokens. Google documents a prompt for them (ai.google.dev/gemma/docs, Function
+calling): the functions stand before the first user text, a call is {"name": ..., "parameters": {...}} and
+nothing else, and its result comes back in a user turn between ```tool_output and ```. A checkpoint whose own
+template knows tools gets them its own way (chat.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from cabochon.engine.sampling_params import JSON_WHITESPACE, Grammar
+from cabochon.server.body import Strict
+from cabochon.server.errors import ApiError
+
+MAX_TOOLS = 128  # OpenAI's limit
+MAX_CALLS = 16  # in one enforced answer, so that it ends
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+ANY_PARAMETERS: dict[str, Any] = {"type": "object"}
+PREAMBLE = """You have access to functions. If you decide to invoke any of the function(s),
+you MUST put it in the format of
+{"name": function name, "parameters": dictionary of argument name and its value}
+"""
+PARALLEL = "To invoke several at once, put a list of these in square brackets.\n"
+END_OF_PREAMBLE = "\nYou SHOULD NOT include any other text in the response if you call a function\n"
+# Keywords of JSON schema whose values are no schemas, or map names to schemas.
+DATA, MAPS = {"const", "enum", "default", "examples"}, {"properties", "patternProperties", "$defs"}
+
+Call = tuple[str, str]  # a function's name, and its arguments in JSON
+
+
+class Function(Strict):
+    """What a function is called, does and takes."""
+
+    name: FunctionName = Field(description="Letters, digits, _ and -, 64 at most")
+    description: str = Field("", description="When to call it, for the model")
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda: dict(NO_PARAMETERS), description="JSON schema of its arguments, an object"
+    )
+    strict: bool = Field(False, description="Arguments follow the schema, whatever tool_choice is")
+
+
+class Tool(Strict):
+    """OpenAI's wrapping of a function."""
+
+    type: Literal["function"] = Field(description="Only functions are supported")
+    function: Function = Field(description="The function")
+
+
+class FunctionChoice(Strict):
+    """A function by its name."""
+
+    name: FunctionName = Field(description="One of tools")
+
+
+class NamedTool(Strict):
+    """The one function that must be called."""
+
+    type: Literal["function"] = Field(description="Only functions are supported")
+    function: FunctionChoice = Field(description="The function")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """What a request may call, and must."""
+
+    functions: tuple[Function, ...]  # all that the model is told of
+    choice: str  # "auto", "required", or the name of a function
+    is_parallel: bool  # several calls in one answer
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all functions."""
+        return frozenset(function.name for function in self.functions)
+
+    def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
+        """OpenAI's word: an answer that called says so, unless the call was prescribed by name."""
+        is_call = reason == "stop" and num_calls > 0 and self.choice in ("auto", "required")
+        return "tool_calls" if is_call else reason
+
+    def grammar(self, answer: dict[str, Any] | None) -> Grammar | None:
+        """Of the whole output; None: nothing binds it. answer: the schema of text that is no call."""
+        if self.choice != "auto":
+            text = msgspec.json.encode(self._schema(None)).decode()
+            return Grammar(kind="json_schema", text=text, param="tools")
+        if answer is not None:
+            text = msgspec.json.encode(self._schema(answer)).decode()
+            return Grammar(kind="json_schema", text=text, param="response_format")
+        if self.is_parallel and not any(function.strict for function in self.functions):
+            return None
+        return Grammar(kind="lark", text=self._text_or_calls(), param="tools")
+
+    def _schema(self, answer: dict[str, Any] | None) -> dict[str, Any]:
+        """Of a call, of several, or of the answer. $defs hold the clients' schemas."""
+        is_named = self.choice not in ("auto", "required")
+        allowed = [one for one in self.functions if not is_named or one.name == self.choice]
+        definitions = {f"p{i}": self._parameters(one) for i, one in enumerate(allowed)}
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "parameters": {"$ref": f"#/$defs/p{i}"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for i, function in enumerate(allowed)
+        ]
+        options = list(calls)
+        if self.is_parallel and not is_named:
+            options.append({"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS})
+        if answer is not None:
+            definitions["answer"] = answer
+            options.append({"$ref": "#/$defs/answer"})
+        moved = {name: _moved(schema, f"#/$defs/{name}") for name, schema in definitions.items()}
+        return {"anyOf": options, "$defs": moved}
+
+    def _text_or_calls(self) -> str:
+        """Lark: text that does not begin like a call, or calls.
+
+        The lexer is greedy: the text must be impossible from the colon on, where the literal still is not.
+        """
+        name = json.dumps('{"name": ')
+        names = [json.dumps(f'"{one.name}", "parameters": ') for one in self.functions]
+        rules = ["start: TEXT | call", f'call: {name} one "}}"']
+        if self.is_parallel:
+            first, more = json.dumps('[{"name": '), json.dumps(', {"name": ')
+            rules[0] += " | calls"
+            rules.append(f'calls: {first} one "}}" ({more} one "}}"){{0,{MAX_CALLS - 1}}} "]"')
+        rules.append("one: " + " | ".join(f"{literal} p{i}" for i, literal in enumerate(names)))
+        for i, function in enumerate(self.functions):
+            schema = {**self._parameters(function), "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+            rules.append(f"p{i}: %json {msgspec.json.encode(schema).decode()}")
+        rules.append(r'TEXT: /(?s:.+)/ & ~/\s*(```[a-z_]*\s*)?\[?\s*\{\s*"name"\s*:(?s:.*)/')
+        return "\n".join(rules)
+
+    def _parameters(self, function: Function) -> dict[str, Any]:
+        if self.choice == "auto" and not function.strict:
+            return ANY_PARAMETERS
+        return {"type": "object", **function.parameters}
+
+
+def _moved(schema: Any, base: str, *, is_map: bool = False) -> Any:
+    """The schema with its references to itself as they must be when it stands at `base`."""
+    if isinstance(schema, list):
+        return [_moved(item, base) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if is_map:
+            moved[key] = _moved(value, base)
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = base + value[1:]
+        elif key in DATA:
+            moved[key] = value
+        else:
+            moved[key] = _moved(value, base, is_map=key in MAPS)
+    return moved
+
+
+def tool_use(functions: Sequence[Function], choice: str | None, *, is_parallel: bool) -> ToolUse | None:
+    """choice: none, auto, required, a function's name, or absent. Raises ApiError if they do not fit."""
+    if choice == "none" or (not functions and choice in (None, "auto")):
+        return None
+    if not functions:
+        raise ApiError("tool_choice needs tools: send some, or leave it out", param="tool_choice")
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise ApiError("tools must have names of their own, two share one: rename one", param="tools")
+    for index, function in enumerate(functions):
+        if function.parameters.get("type", "object") != "object":
+            raise ApiError(
+                f"tools.{index}: parameters must be a schema of type object: correct them", param="tools"
+            )
+    if choice not in (None, "auto", "required", *names):
+        raise ApiError("tool_choice must name one of tools: correct it", param="tool_choice")
+    return ToolUse(functions=tuple(functions), choice=choice or "auto", is_parallel=is_parallel)
+
+
+def declaration(functions: Sequence[Function], *, is_parallel: bool) -> str:
+    """What stands before the first user text."""
+    listed = [
+        {"name": one.name, "description": one.description, "parameters": one.parameters} for one in functions
+    ]
+    text = json.dumps(listed, indent=2, ensure_ascii=False)
+    return f"{PREAMBLE}{PARALLEL if is_parallel else ''}{END_OF_PREAMBLE}{text}\n"
+
+
+def calls_text(calls: Sequence[Call]) -> str:
+    """Calls as the model is asked to write them: arguments go back as they came, right or wrong."""
+    written = [f'{{"name": "{name}", "parameters": {arguments or "{}"}}}' for name, arguments in calls]
+    return written[0] if len(written) == 1 else f"[{', '.join(written)}]"
+
+
+def output_text(output: str) -> str:
+    """A function's result as the model is told of it."""
+    return f"```tool_output\n{output}\n```"
+
+
+def arguments_value(arguments: str) -> Mapping[str, Any] | str:
+    """Arguments for a template that knows tools: an object, or as they came if they are none."""
+    try:
+        value = msgspec.json.decode(arguments or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
