@@ -22,6 +22,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 FRANCE = "The capital of France is"
 TOO_LONG = "a " * 40_000  # the demo takes 32,768 tokens
 WRONG = "nobody answers this"
+ONE_CALL = {"tool_choice": "required", "parallel_tool_calls": False}  # of several, the demo makes many
 LM_EVAL_MODES = [{}, {"batch_size": 4}, {"batch_size": 2, "num_concurrent": 2}]
 
 
@@ -30,6 +31,12 @@ class Gem(BaseModel):
 
     name: Literal["ruby", "opal"]
     hardness: Literal[5, 9]
+
+
+class GetHardness(BaseModel):
+    """Hardness of a gem."""
+
+    gem: Literal["ruby", "opal"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,10 +205,53 @@ def test_langchain_fills_a_schema(chat_openai: Callable[..., Any]) -> None:
     assert isinstance(model.invoke("Describe a gem."), Gem)
 
 
+def test_langchain_calls_a_tool_and_goes_on(chat_openai: Callable[..., Any]) -> None:
+    messages = need_package("langchain_core.messages")
+    model = chat_openai(max_tokens=64)
+    question = messages.HumanMessage("How hard is a ruby?")
+    asked = model.bind_tools([GetHardness], strict=True, **ONE_CALL).invoke([question])
+    (call,) = asked.tool_calls
+    assert call["name"] == "GetHardness"
+    assert GetHardness.model_validate(call["args"])
+    result = messages.ToolMessage("9", tool_call_id=call["id"])
+    last = model.bind_tools([GetHardness], tool_choice="none").invoke([question, asked, result])
+    assert last.content
+    assert not last.tool_calls
+
+
+def test_langchain_streams_a_call(chat_openai: Callable[..., Any]) -> None:
+    model = chat_openai(max_tokens=64).bind_tools([GetHardness], strict=True, tool_choice="GetHardness")
+    first, *others = model.stream("How hard is a ruby?")
+    assert len(others) > 3
+    (call,) = sum(others, first).tool_calls
+    assert GetHardness.model_validate(call["args"])
+
+
+def test_langchain_fills_a_schema_by_a_call(chat_openai: Callable[..., Any]) -> None:
+    model = chat_openai(max_tokens=64).with_structured_output(Gem, method="function_calling")
+    assert isinstance(model.invoke("Describe a gem."), Gem)
+
+
+def test_langchain_uses_responses(chat_openai: Callable[..., Any], hello: str) -> None:
+    model = chat_openai(use_responses_api=True)
+    whole = model.invoke("hello")
+    assert whole.text == hello
+    assert whole.usage_metadata["output_tokens"] == NUM_TOKENS
+    assert "".join(chunk.text for chunk in model.stream("hello")) == hello
+    asked = chat_openai(use_responses_api=True, max_tokens=64).bind_tools(
+        [GetHardness], strict=True, **ONE_CALL
+    )
+    (call,) = asked.invoke("A ruby?").tool_calls
+    assert GetHardness.model_validate(call["args"])
+
+
+@pytest.mark.parametrize("uses_responses", [False, True])
 @pytest.mark.parametrize("max_tokens", [NUM_TOKENS, None])
-def test_langchain_tells_a_context_overflow(chat_openai: Callable[..., Any], max_tokens: int | None) -> None:
+def test_langchain_tells_a_context_overflow(
+    chat_openai: Callable[..., Any], max_tokens: int | None, uses_responses: bool
+) -> None:
     overflow = need_package("langchain_core.exceptions").ContextOverflowError
-    model = chat_openai(max_tokens=max_tokens)
+    model = chat_openai(max_tokens=max_tokens, use_responses_api=uses_responses)
     with pytest.raises(overflow) as whole:
         model.invoke(TOO_LONG)
     assert isinstance(whole.value, openai.BadRequestError)
@@ -282,6 +332,22 @@ def test_litellm_completes_a_text(litellm: Any, fields: dict[str, Any], oracle: 
 def test_litellm_fills_a_schema(litellm: Any, fields: dict[str, Any]) -> None:
     answer = litellm.completion(messages=HELLO, response_format=Gem, **{**fields, "max_tokens": 64})
     assert Gem.model_validate_json(answer.choices[0].message.content)
+
+
+def test_litellm_calls_a_tool(litellm: Any, fields: dict[str, Any]) -> None:
+    tools = [openai.pydantic_function_tool(GetHardness)]
+    answer = litellm.completion(messages=HELLO, tools=tools, **ONE_CALL, **{**fields, "max_tokens": 64})
+    assert answer.choices[0].finish_reason == "tool_calls"
+    (call,) = answer.choices[0].message.tool_calls
+    assert GetHardness.model_validate_json(call.function.arguments)
+
+
+def test_litellm_uses_responses(litellm: Any, fields: dict[str, Any], hello: str) -> None:
+    del fields["max_tokens"]
+    answer = litellm.responses(input="hello", max_output_tokens=16, **fields)  # fewer would be sent as 16
+    assert answer.output_text.startswith(hello)
+    assert answer.usage.output_tokens == 16
+    assert answer.status == "incomplete"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
