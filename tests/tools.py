@@ -1,4 +1,4 @@
-"""What some tests need and a machine may lack: they skip with the reason, or fail with CABOCHON_TEST_ALL=1."""
+"""What some tests need and a machine may lack: they skip with a reason, or fail with CABOCHON_TEST_ALL=1."""
 
 import os
 import shutil
