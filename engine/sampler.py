@@ -4,6 +4,7 @@ Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p 
 Greedy rows without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.grammars import State
 from cabochon.engine.logprobs import ExactLogits, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.plan import StepResult
@@ -20,7 +22,7 @@ from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
 
-MASK_GRACE_S = 0.005  # a grammar's mask had the whole forward pass; later than that it misses the step
+MASK_GRACE_S = 0.005  # masks had the whole forward pass; a row whose mask is later still misses the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._softcap = final_softcap
         self._rows: dict[int, _Row] = {}
+        self._grace_end_s = 0.0  # of this step, for all of its rows together
 
     def set_row(self, request: Request) -> None:
         """Take the parameters of a request that has just got its row."""
@@ -68,6 +71,7 @@ class Sampler:
         wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
         kept = logits[wanted].float() if wanted else None  # a copy: choosing overwrites
         result = StepResult(chosen, is_finite)
+        self._grace_end_s = time.monotonic() + MASK_GRACE_S
         for index, row in enumerate(row_ids.tolist()):
             if is_finite[index] and not plain[index]:
                 chosen[index] = self._choose(logits[index].float(), row, rows, result)
@@ -120,20 +124,18 @@ class Sampler:
         """logits: [V] fp32, uncapped, ours to overwrite. Notes in `result` what became of a grammar."""
         state = self._rows[row]
         params = state.params
-        mask = state.request.mask
-        if mask is None:
+        matcher = state.request.matcher
+        if matcher is None:
             return self._draw(logits, row, rows)
-        try:
-            error = mask.exception(timeout=MASK_GRACE_S)
-        except TimeoutError:
-            result.late.append(row)
+        if not matcher.wait(self._grace_end_s) or matcher.state is State.COMPLETE:
+            result.late.append(row)  # one that is complete ends before the next step
             return 0
-        if error is not None:  # a client's grammar must not end the engine
+        if matcher.state is State.FAILED:
             result.stuck.append(row)
             return 0
-        allowed = torch.from_numpy(mask.result())
+        allowed = torch.from_numpy(matcher.mask())
         if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
-            allowed = allowed.index_fill(0, state.stop_ids, False)  # a copy: the mask may be asked for again
+            allowed[state.stop_ids] = False
         if not allowed.any():
             result.stuck.append(row)
             return 0
