@@ -67,11 +67,15 @@ def oracle(demo_dir: Path) -> Oracle:
 
 
 @pytest.fixture(scope="module")
+def lm_eval(quiet: None) -> Any:
+    return need_package("lm_eval")
+
+
+@pytest.fixture(scope="module")
 def evaluate(
-    demo: RealServer, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
+    lm_eval: Any, demo: RealServer, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
     """lm-eval's simple_evaluate of the quiz; the last text that it is told to expect is wrong."""
-    lm_eval = need_package("lm_eval")
     manager = need_package("lm_eval.tasks").TaskManager(include_defaults=False)
     choice, text = quiz_tasks(tmp_path_factory.mktemp("quiz"), [*oracle.texts[:-1], WRONG])
 
@@ -128,7 +132,7 @@ def test_lm_eval_generates_without_a_tokenizer(
     assert generated(results) == oracle.texts
 
 
-def test_lm_eval_chats(demo: RealServer, evaluate: Callable[..., dict[str, Any]]) -> None:
+def test_lm_eval_chats(evaluate: Callable[..., dict[str, Any]], demo: RealServer) -> None:
     results = evaluate("local-chat-completions", "/v1/chat/completions", has_choice=False, chat=True)
     with demo.client() as client:
         expected = [
@@ -147,13 +151,17 @@ def test_lm_eval_chats(demo: RealServer, evaluate: Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def chat_openai(demo: RealServer) -> Callable[..., Any]:
+def langchain_openai(quiet: None) -> Any:
+    return need_package("langchain_openai")
+
+
+@pytest.fixture(scope="module")
+def chat_openai(langchain_openai: Any, demo: RealServer) -> Callable[..., Any]:
     """LangChain's model, greedy."""
-    kind = need_package("langchain_openai").ChatOpenAI
 
     def make(**fields: Any) -> Any:
         common = {"model": "demo", "temperature": 0, "max_tokens": NUM_TOKENS, "max_retries": 0}
-        return kind(base_url=f"{demo.url}/v1", api_key="none", **{**common, **fields})
+        return langchain_openai.ChatOpenAI(base_url=f"{demo.url}/v1", api_key="none", **{**common, **fields})
 
     return make
 
