@@ -4,6 +4,7 @@ At 262,144 tokens a mask takes 20 to 700 µs and releases the GIL; errors are a 
 exception. Most of a compilation runs on bounded fuel, but not all: see grammar_process.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> tuple[LLMatcher
 
 
 def reason(matcher: LLMatcher) -> str:
-    """Why it cannot go on, in a line."""
-    return matcher.get_error().strip().partition("\n")[0][:REASON_CHARS]
+    """Why it cannot go on, in a line; what it quotes is the client's, and is left out."""
+    line = matcher.get_error().strip().partition("\n")[0]
+    return re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\S*://\S*", "…", line)[:REASON_CHARS]
 
 
 class _Vocabulary:
