@@ -119,6 +119,7 @@ class _LogHandler(logging.Handler):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter())  # the message alone: basicConfig would add level and name
         self._sock = sock
 
     def emit(self, record: logging.LogRecord) -> None:
