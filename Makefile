@@ -4,11 +4,13 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS_STAMP := $(VENV)/.clients
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SERVE_ARGS ?=
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format lint types system-packages bench-offline clean
+.PHONY: help serve test test-slow clients check format lint types system-packages screenshot bench-offline clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +29,12 @@ test: $(STAMP) ## Tests, under ten minutes on 2 cores
 test-slow: $(STAMP) ## All tests, the slow ones too
 	$(BIN)/pytest -q -m 'not gpu'
 
+clients: $(CLIENTS_STAMP) ## Install lm-eval, LangChain and LiteLLM, which some slow tests drive (0.8 GB)
+
+$(CLIENTS_STAMP): $(STAMP)
+	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,dev,clients]'
+	touch $@
+
 check: format lint types test ## What CI runs first
 
 format: $(STAMP) ## Is everything formatted?
@@ -43,8 +51,12 @@ types: $(STAMP) ## mypy, strict
 bench-offline: $(STAMP) ## Throughput of the engine beside transformers' generate_batch
 	$(BIN)/python benchmarks/offline.py
 
-system-packages: ## Debian packages that some tests need (none yet)
-	@true
+system-packages: ## Debian packages that some tests need: a browser, and the font of the pictures
+	$(SUDO) apt-get update
+	$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-inter
+
+screenshot: $(STAMP) ## The picture in the README anew
+	$(BIN)/python tests/screenshot.py docs/images/ui.png
 
 clean: ## Remove what make made
 	rm -rf $(VENV) .types build *.egg-info

@@ -13,7 +13,7 @@ class EngineConfig:
     model: str = "demo"  # demo (Gemma 3 270M), a directory with safetensors, or a Hub id
     revision: str | None = None  # branch, tag or commit of a Hub id
     cache_dir: str | None = None  # where converted demo weights go; None: ~/.cache/cabochon
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu, until the GPU path has been tested on one
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )

@@ -4,12 +4,11 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from torch import Tensor
 
 from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError
-from cabochon.engine.grammar import Grammars, Matcher
+from cabochon.engine.grammars import Grammars, Matcher, State
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput, TokenLogprobs
 from cabochon.engine.plan import Plan, StepResult
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Logprobs = list[TokenLogprobs] | None
 
-COMPILE_LIMIT_S = 30.0  # fuel bounds it to less; the first one waits for the tokenizer as well
+COMPILE_WAIT_S = 60.0  # for its turn and the compilation, which has limits of its own
 WAIT_S = 0.002  # between looks at a grammar when there is nothing else to do
 RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
 
@@ -34,7 +33,8 @@ class EngineCore:
     ) -> None:
         self.scheduler = scheduler
         self._grammars = grammars
-        self._compiling: dict[str, tuple[GenerateRequest, Future[Matcher], float]] = {}  # until when, too
+        self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # until when, too
+        self._matchers: dict[str, Matcher] = {}  # by request id, of all requests that have one
         self._cache = cache
         self._runner = runner
         self._rows = rows
@@ -56,48 +56,52 @@ class EngineCore:
             self.scheduler.add(request)
         else:
             self.scheduler.check_new(request)
-            deadline_s = time.monotonic() + COMPILE_LIMIT_S
-            self._compiling[request.request_id] = (request, self._grammars.compile(grammar), deadline_s)
+            self._compiling[request.request_id] = (request, time.monotonic() + COMPILE_WAIT_S)
+            self._matchers[request.request_id] = self._grammars.open(request.request_id, grammar)
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages at once. Unknown ids are ignored."""
         self._compiling.pop(request_id, None)
+        self._forget_matcher(request_id)
         self.scheduler.abort(request_id)
 
     def publish(self, request_id: str) -> None:
         """Let other requests share the pages of a private one. Unknown ids are ignored."""
         if request_id in self._compiling:
-            request, future, deadline_s = self._compiling[request_id]
-            request = dataclasses.replace(request, is_private=False)
-            self._compiling[request_id] = (request, future, deadline_s)
+            request, until_s = self._compiling[request_id]
+            self._compiling[request_id] = (dataclasses.replace(request, is_private=False), until_s)
         self.scheduler.publish(request_id)
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
         """One step: new tokens of every request in it, and the requests it had to give up."""
-        refusals = self._add_compiled()
+        completed, refusals = self._hear_grammars() if self._matchers else ([], [])
         started_s = time.monotonic()
         plan = self.scheduler.schedule()
         if plan is None:
             self._step_tokens = 0
-            if self.has_work and not refusals:
-                time.sleep(WAIT_S)  # for a grammar, in another thread
-            return [], refusals
+            if self.has_work and not refusals and not completed:
+                self._grammars.poll(WAIT_S)
+            return completed, refusals
         for request in self.scheduler.take_admitted():
             self._runner.sampler.set_row(request)
         result = self._runner.run(plan, self._rows)
         failed = self._failures(plan, result)
-        self._follow_grammars(result)
+        for row in result.late:
+            self.scheduler.defer(row)
+        bound = [(self.scheduler.request(row).request_id, token) for row, token in result.bound.items()]
         logprobs = self._logprobs(plan, result)
         outputs = self.scheduler.update(plan, result.token_ids)
         for output in outputs if logprobs else ():
             output.logprobs, output.prompt_logprobs = logprobs.get(output.request_id, (None, None))
+        self._follow_grammars(bound, outputs)
         self._steps += 1
         self._step_tokens = plan.num_tokens
         self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
         for refusal in failed:
             self.abort(refusal.request_id)
         gone = {refusal.request_id for refusal in failed}
-        return [output for output in outputs if output.request_id not in gone], refusals + failed
+        kept = [output for output in outputs if output.request_id not in gone]
+        return completed + kept, refusals + failed
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
@@ -135,31 +139,45 @@ class EngineCore:
         }
         return {name: (tokens.get(name), prompts.get(name)) for name in {**tokens, **prompts}}
 
-    def _add_compiled(self) -> list[Refusal]:
-        """Requests whose grammar is ready join the queue; those whose grammar is no good are refused."""
+    def _hear_grammars(self) -> tuple[list[RequestOutput], list[Refusal]]:
+        """Requests whose grammar allows nothing more end; those whose grammar is compiled join the queue."""
+        self._grammars.poll()
+        completed = []
+        for matcher in self._grammars.take_completed():
+            if self._matchers.get(matcher.request_id) is not matcher:
+                continue  # aborted since
+            completed.append(self.scheduler.complete(matcher.request_id))
+            self._forget_matcher(matcher.request_id)
         refusals = []
-        for request_id, (request, future, deadline_s) in list(self._compiling.items()):
-            is_over = time.monotonic() > deadline_s
-            if not future.done() and not is_over:
+        for request_id, (request, until_s) in list(self._compiling.items()):
+            matcher = self._matchers[request_id]
+            is_over = time.monotonic() > until_s
+            if matcher.state is State.COMPILING and not is_over:
                 continue
             del self._compiling[request_id]
             try:
-                matcher = _compiled(future)
-                added = self.scheduler.add(request, matcher)
-                added.mask = self._grammars.next_mask(matcher)
+                self.scheduler.add(request, _compiled(matcher))
             except RequestError as error:
+                self._forget_matcher(request_id)
                 refusals.append(Refusal.of(request_id, error))
-        return refusals
+        return completed, refusals
 
-    def _follow_grammars(self, result: StepResult) -> None:
-        """Rows that got a token move on in their grammar, and their next masks are begun; late ones wait."""
-        for row in result.late:
-            self.scheduler.defer(row)
-        for row, token_id in result.bound.items():
-            request = self.scheduler.request(row)
-            assert request.matcher is not None
-            request.is_complete = request.matcher.advance(token_id)
-            request.mask = None if request.is_complete else self._grammars.next_mask(request.matcher)
+    def _follow_grammars(self, bound: list[tuple[str, int]], outputs: list[RequestOutput]) -> None:
+        """Requests that got a token move on in their grammar, unless they have ended."""
+        if not self._matchers:
+            return
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget_matcher(output.request_id)
+        for request_id, token_id in bound:
+            if request_id in self._matchers:
+                self._matchers[request_id].advance(token_id)
+        self._grammars.flush()
+
+    def _forget_matcher(self, request_id: str) -> None:
+        matcher = self._matchers.pop(request_id, None)
+        if matcher is not None:
+            self._grammars.close(matcher)
 
     def _failures(self, plan: Plan, result: StepResult) -> list[Refusal]:
         """Requests without a next token end with an error; the others never notice."""
@@ -167,10 +185,10 @@ class EngineCore:
             (row, ComputeError("logits must be finite, the model gave NaN: check it with `cabochon verify`"))
             for row in plan.rows[plan.samples][~result.is_finite].tolist()
         ]
-        failed += [
-            (row, BadGrammar("the grammar must stay within its limits, it became too complex: simplify it"))
-            for row in result.stuck
-        ]
+        for row in result.stuck:
+            matcher = self.scheduler.request(row).matcher
+            assert matcher is not None
+            failed.append((row, _bad_grammar(matcher, "must allow a next token, it allows none: correct it")))
         return [Refusal.of(self.scheduler.request(row).request_id, error) for row, error in failed]
 
     def _measure(self, prefill_tokens: int, decodes: int, step_s: float) -> None:
@@ -182,14 +200,13 @@ class EngineCore:
         self._prefill_tokens_per_s = old + RATE_SMOOTHING * (rate - old) if old else rate
 
 
-def _compiled(future: Future[Matcher]) -> Matcher:
-    """Raises BadGrammar, whatever went wrong: a client's grammar must not end the engine."""
-    if not future.done():
-        raise BadGrammar(f"a grammar must compile within {COMPILE_LIMIT_S:g} s, it has not: simplify it")
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, BadGrammar):
-        raise error
-    logger.error("grammar failed error=%s", type(error).__name__)
-    raise BadGrammar(f"a grammar must compile, it gave {type(error).__name__}: simplify it")
+def _compiled(matcher: Matcher) -> Matcher:
+    """Raises BadGrammar if it is not."""
+    if matcher.state in (State.COMPILING, State.FAILED):
+        raise _bad_grammar(matcher, "must get its turn to compile, too many are ahead of it: try again later")
+    return matcher
+
+
+def _bad_grammar(matcher: Matcher, otherwise: str) -> BadGrammar:
+    param = matcher.grammar.param
+    return BadGrammar(f"{param} {matcher.error or otherwise}", param)

@@ -18,7 +18,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.gpu_memory import PROBE_TOKENS, measure_peak, pool_bytes, run_probe
-from cabochon.engine.grammar import Grammars
+from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
@@ -44,9 +44,16 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 
 
 def load_engine(
-    config: EngineConfig, model_dir: Path, on_progress: Progress | None = None
+    config: EngineConfig,
+    model_dir: Path,
+    on_progress: Progress | None = None,
+    *,
+    expects_grammars: bool = False,
 ) -> tuple[EngineCore, EngineInfo]:
-    """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded."""
+    """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded.
+
+    expects_grammars: be ready for the first one soon, instead of 3 s after it.
+    """
     started_s = time.monotonic()
     torch.set_num_threads(config.threads or usable_cores())
     model_config = load_model_config(model_dir)
@@ -55,18 +62,20 @@ def load_engine(
     dtype_name = _settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
     layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
-    grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
-    wanted = _wanted_len(config, model_config)
-    if device.type == "cpu" or config.kv_cache_gib is not None:
+    max_len = _wanted_len(config, model_config)
+    is_measured = device.type == "cuda" and config.kv_cache_gib is None
+    if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
-        wanted = _settle_max_model_len(config, wanted, layout, num_pages)
-    model = _load_model(model_config, model_dir, dtype, device, wanted, on_progress)
+        max_len = _settle_max_model_len(config, max_len, layout, num_pages)
+    grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
+    if expects_grammars:
+        grammars.start()
+    model = _load_model(model_config, model_dir, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, dtype, backend, grammars)
-    if device.type == "cuda" and config.kv_cache_gib is None:
-        num_pages = builder.measured_pages(wanted)
-        wanted = _settle_max_model_len(config, wanted, layout, num_pages)
-    max_model_len = wanted
-    core, pages = builder.build(num_pages, max_model_len)
+    if is_measured:
+        num_pages = builder.measured_pages(max_len)
+        max_len = _settle_max_model_len(config, max_len, layout, num_pages)
+    core, pages = builder.build(num_pages, max_len)
     info = EngineInfo(
         model=config.model,
         architecture=model_config.architecture,
@@ -75,7 +84,7 @@ def load_engine(
         device=str(device),
         attention_backend=backend,
         vocab_size=model_config.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=max_len,
         max_seqs=config.max_seqs,
         eos_token_ids=list(model_config.eos_token_ids),
         page_tokens=config.page_tokens,
@@ -102,7 +111,9 @@ def settle_device(config: EngineConfig) -> torch.device:
             "device must be cpu where torch finds no NVIDIA GPU, got cuda: install a CUDA build of torch and"
             " its driver, or use cpu"
         )
-    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    if config.device == "auto" and has_gpu:
+        logger.warning("device=cpu reason=the GPU path has not run on a GPU yet, ask for it: --device cuda")
+    return torch.device("cuda" if config.device == "cuda" else "cpu")
 
 
 def settle_backend(config: EngineConfig, device: torch.device) -> Literal["torch", "triton"]:
@@ -239,7 +250,7 @@ class _CoreBuilder:
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
         )
-        sampler = Sampler(model.config.vocab_size, model.config.final_softcap)
+        sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
         runner = Runner(model, make_attention(self.backend, model.config, pages), sampler)
         return EngineCore(scheduler, runner, rows, cache, self.grammars), pages
 

@@ -25,7 +25,7 @@ def token_logprobs(
     if exact is not None:
         likely = logits.topk(min(2 * count + SPARE, vocab_size)).indices  # [R, C - 1]
         candidates = torch.cat([likely, token_ids[:, None]], dim=1)  # [R, C]
-        rows = torch.arange(num_rows)[:, None].expand_as(candidates)
+        rows = torch.arange(num_rows, device=logits.device)[:, None].expand_as(candidates)
         values = exact(rows.reshape(-1), candidates.reshape(-1)).view_as(candidates)
         logits.scatter_(1, candidates, values)
     if softcap is not None:

@@ -66,7 +66,7 @@ def serve(sock: socket.socket) -> None:
     start = inbox.drain(wait=True)[0]
     assert isinstance(start, Start)
     try:
-        core, info = load_engine(start.config, Path(start.model_dir), _progress(sock))
+        core, info = load_engine(start.config, Path(start.model_dir), _progress(sock), expects_grammars=True)
     except EngineError as error:
         sock.sendall(encode(Failed(error=type(error).__name__, message=str(error))))
         return
@@ -119,6 +119,7 @@ class _LogHandler(logging.Handler):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter())  # the message alone: basicConfig would add level and name
         self._sock = sock
 
     def emit(self, record: logging.LogRecord) -> None:

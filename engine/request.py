@@ -1,13 +1,9 @@
 """One request inside the engine: what was asked, and how far it is."""
 
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cabochon.engine.grammar import Matcher
+from cabochon.engine.grammars import Matcher
 from cabochon.engine.messages import GenerateRequest, TokenLogprobs
 
 
@@ -32,8 +28,6 @@ class Request:
     num_registered: int = 0  # pages that are named in the pool
     is_published: bool = True
     matcher: Matcher | None = None  # if a grammar binds the output
-    mask: Future[NDArray[np.bool_]] | None = None  # [V], what the next token may be
-    is_complete: bool = False  # the grammar allows no more text
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its second token on
 
     @classmethod
@@ -64,7 +58,7 @@ class Request:
     @property
     def is_late(self) -> bool:
         """Whether its next token cannot be chosen yet."""
-        return self.mask is not None and not self.mask.done()
+        return self.matcher is not None and self.matcher.is_late
 
     @property
     def rank(self) -> tuple[int, int]:

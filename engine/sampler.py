@@ -4,6 +4,7 @@ Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p 
 Greedy rows without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.grammars import State
 from cabochon.engine.logprobs import ExactLogits, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.plan import StepResult
@@ -20,7 +22,7 @@ from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
 
-MASK_GRACE_S = 0.005  # a grammar's mask had the whole forward pass; later than that it misses the step
+MASK_GRACE_S = 0.005  # masks had the whole forward pass; a row whose mask is later still misses the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,15 @@ class _Row:
 class Sampler:
     """Parameters per row, set at admission; all history is in Rows."""
 
-    def __init__(self, vocab_size: int, final_softcap: float | None) -> None:
+    def __init__(
+        self, vocab_size: int, final_softcap: float | None, device: torch.device | None = None
+    ) -> None:
+        """device: of the logits; None: the CPU."""
+        self._device = device or torch.device("cpu")
         self._vocab_size = vocab_size
         self._softcap = final_softcap
         self._rows: dict[int, _Row] = {}
+        self._grace_end_s = 0.0  # of this step, for all of its rows together
 
     def set_row(self, request: Request) -> None:
         """Take the parameters of a request that has just got its row."""
@@ -47,9 +54,9 @@ class Sampler:
         self._rows[request.row] = _Row(
             request,
             params,
-            torch.tensor(sorted(request.stop_ids), dtype=torch.int64),
-            torch.tensor(list(params.logit_bias), dtype=torch.int64),
-            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32),
+            torch.tensor(sorted(request.stop_ids), dtype=torch.int64, device=self._device),
+            torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device),
+            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
         )
 
     def sample(
@@ -63,11 +70,12 @@ class Sampler:
         plain = [self._is_plain(int(row), rows) for row in row_ids]
         if exact is not None and any(plain):
             self._settle_ties(logits, highest, token_ids, exact)
-        chosen = token_ids.numpy().astype(np.int32)
-        is_finite = highest.isfinite().numpy()
+        chosen = token_ids.cpu().numpy().astype(np.int32)
+        is_finite = highest.isfinite().cpu().numpy()
         wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
         kept = logits[wanted].float() if wanted else None  # a copy: choosing overwrites
         result = StepResult(chosen, is_finite)
+        self._grace_end_s = time.monotonic() + MASK_GRACE_S
         for index, row in enumerate(row_ids.tolist()):
             if is_finite[index] and not plain[index]:
                 chosen[index] = self._choose(logits[index].float(), row, rows, result)
@@ -88,10 +96,10 @@ class Sampler:
         exact: ExactLogits | None,
     ) -> dict[int, TokenLogprobs]:
         """logits: [W, V] fp32, of the rows row_ids[indices]."""
-        of = torch.tensor(indices)
+        of = torch.tensor(indices, device=self._device)
         shifted = None if exact is None else lambda rows, ids: exact(of[rows], ids)
         counts = [self._rows[int(row_ids[index])].params.logprobs or 0 for index in indices]
-        tokens = torch.from_numpy(chosen[indices].astype(np.int64))
+        tokens = torch.from_numpy(chosen[indices].astype(np.int64)).to(self._device)
         found = token_logprobs(logits, tokens, max(counts), self._softcap, shifted)
         for one, count in zip(found, counts, strict=True):
             del one.top_ids[count:], one.top_logprobs[count:]
@@ -112,7 +120,7 @@ class Sampler:
         if not len(ids):
             return
         values = exact(row_of, ids)
-        for row in np.unique(row_of.numpy()).tolist():
+        for row in row_of.unique().tolist():
             mine = row_of == row
             token_ids[row] = ids[mine][values[mine].argmax()]
 
@@ -120,20 +128,18 @@ class Sampler:
         """logits: [V] fp32, uncapped, ours to overwrite. Notes in `result` what became of a grammar."""
         state = self._rows[row]
         params = state.params
-        mask = state.request.mask
-        if mask is None:
+        matcher = state.request.matcher
+        if matcher is None:
             return self._draw(logits, row, rows)
-        try:
-            error = mask.exception(timeout=MASK_GRACE_S)
-        except TimeoutError:
-            result.late.append(row)
+        if not matcher.wait(self._grace_end_s) or matcher.state is State.COMPLETE:
+            result.late.append(row)  # one that is complete ends before the next step
             return 0
-        if error is not None:  # a client's grammar must not end the engine
+        if matcher.state is State.FAILED:
             result.stuck.append(row)
             return 0
-        allowed = torch.from_numpy(mask.result())
+        allowed = torch.from_numpy(matcher.mask()).to(self._device)
         if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
-            allowed = allowed.index_fill(0, state.stop_ids, False)  # a copy: the mask may be asked for again
+            allowed[state.stop_ids] = False
         if not allowed.any():
             result.stuck.append(row)
             return 0
@@ -169,9 +175,9 @@ def _penalize(logits: Tensor, row: int, rows: Rows, params: SamplingParams) -> N
     output_ids, counts = np.unique(known[rows.num_prompt[row] :], return_counts=True)
     penalize_(
         logits,
-        torch.from_numpy(known.astype(np.int64)),
-        torch.from_numpy(output_ids.astype(np.int64)),
-        torch.from_numpy(counts),
+        torch.from_numpy(known.astype(np.int64)).to(logits.device),
+        torch.from_numpy(output_ids.astype(np.int64)).to(logits.device),
+        torch.from_numpy(counts).to(logits.device),
         repetition=params.repetition_penalty,
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cabochon.engine.admission import check_request
 from cabochon.engine.errors import RequestError
-from cabochon.engine.grammar import Matcher
+from cabochon.engine.grammars import Matcher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
 from cabochon.engine.plan import Plan
@@ -100,6 +100,19 @@ class Scheduler:
             self._dropped_rows.add(request.row)
             self._leave(request)
 
+    def complete(self, request_id: str) -> RequestOutput:
+        """End a request whose grammar allows nothing more."""
+        request = self._requests[request_id]
+        self.abort(request_id)
+        return RequestOutput(
+            request_id=request_id,
+            token_ids=[],
+            finish_reason="stop",
+            cached_tokens=request.cached_tokens or 0,
+            scheduled_s=request.scheduled_s,
+            first_token_s=request.first_token_s,
+        )
+
     def publish(self, request_id: str) -> None:
         """Let others share the pages of a private request. Unknown ids are ignored: it may have ended."""
         request = self._requests.get(request_id)
@@ -162,7 +175,7 @@ class Scheduler:
                 request.first_token_s = now
                 self._counts["prompt_tokens"] += len(request.message.prompt_ids)
             is_last = token_id in request.stop_ids or request.num_output >= request.max_tokens
-            if is_last or request.is_complete:
+            if is_last:
                 outputs.append(self._last_output(request, token_id))
             else:  # without a call: this is most of a step's overhead
                 outputs.append(
@@ -369,14 +382,13 @@ class Scheduler:
         is_stop_token = (
             token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
         )
-        is_stop = is_stop_token or request.is_complete
-        if is_last := is_stop or request.num_output >= request.max_tokens:
+        if is_last := is_stop_token or request.num_output >= request.max_tokens:
             del self._requests[request.request_id]
             self._leave(request)
         return RequestOutput(
             request_id=request.request_id,
             token_ids=[token_id],
-            finish_reason=("stop" if is_stop else "length") if is_last else None,
+            finish_reason=("stop" if is_stop_token else "length") if is_last else None,
             stop_token_id=token_id if is_stop_token else None,
             cached_tokens=request.cached_tokens or 0,
             scheduled_s=request.scheduled_s,

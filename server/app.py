@@ -26,9 +26,11 @@ from cabochon.server.protocol import (
 from cabochon.server.responses import ResponsesRequest
 from cabochon.server.service import VERSION, Service
 from cabochon.server.streaming import JsonResponse, read_body
+from cabochon.server.tools import tool_use
+from cabochon.server.ui import add_ui
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-INLINE_BYTES = 64 * 2**10  # parsed within 2 ms; a larger body is parsed aside, so that streams go on
+INLINE_BYTES = 16 * 2**10  # a millisecond mostly; a larger body is parsed aside, so that streams go on
 
 
 def build_app(service: Service) -> FastAPI:
@@ -41,6 +43,8 @@ def build_app(service: Service) -> FastAPI:
     _add_tokenizer(app, service)
     _add_models(app, service)
     _add_operations(app, service)
+    if service.config.ui:
+        add_ui(app)
     for kind in (ApiError, EngineError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -87,13 +91,16 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError("exactly one of prompt and messages must be given: send one", param="prompt")
+        if body.tools and body.messages is None:
+            raise ApiError("tools need messages: send those, or leave tools out", param="tools")
         limit, prompts = service.engine.info.max_model_len, service.prompts
         if body.messages is not None:
             check_turns(body.messages)
+            use = tool_use([tool.function for tool in body.tools], "auto")
             ids = await prompts.of_messages(
                 body.messages,
                 limit=limit,
-                functions=[tool.function for tool in body.tools],
+                functions=use.functions if use is not None else (),
                 add_generation_prompt=body.add_generation_prompt,
             )
         else:
@@ -165,7 +172,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 
     @app.get("/docs", include_in_schema=False)
-    @app.get("/", include_in_schema=False)
     async def docs() -> Response:
         """A list of the routes that loads nothing from anywhere; /openapi.json has every field."""
         rows = [

@@ -31,6 +31,9 @@ class Body(Strict):
     max_lengths: ClassVar[dict[str, tuple[int, str]]] = {}  # of lists, where pydantic would say less: of what
 
 
+FORMATS = ("response_format", "format")  # fields that are told apart by their type
+FORMAT_KINDS = ("text", "json_object", "json_schema")
+
 Parsed = TypeVar("Parsed", bound=Body)
 
 
@@ -43,13 +46,13 @@ def parse(kind: type[Parsed], raw: bytes) -> Parsed:
         raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise ApiError("the body must be a JSON object: send {...}", code="invalid_json")
-    whole = without_nulls(content)
-    fields = {name: value for name, value in whole.items() if name not in kind.no_effect}
+    fields = without_nulls({name: value for name, value in content.items() if name not in kind.no_effect})
     for name in fields.keys() & kind.asks_nothing.keys():
         given = fields.pop(name)
         if not any(type(given) is type(value) and given == value for value in kind.asks_nothing[name]):
+            fine = "".join(f" or {msgspec.json.encode(v).decode()}" for v in kind.asks_nothing[name])
             raise ApiError(
-                f"{name} must be absent: this server does not support it",
+                f"{name} must be absent{fine}: this server supports nothing else",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -108,8 +111,11 @@ def _first_error(error: ValidationError) -> ApiError:
     """Of a union's complaints, the one that got deepest into the value is the useful one."""
     errors = error.errors(include_input=False, include_url=False)
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
-    first = unknown or max(errors, key=lambda e: (e["loc"][:1] == errors[0]["loc"][:1], len(e["loc"])))
-    *inner, last = first["loc"] or ("the body",)
+    first = unknown or max(
+        errors,
+        key=lambda e: (e["loc"][:1] == errors[0]["loc"][:1], len(e["loc"]), e["loc"][-1:] == ("type",)),
+    )
+    *inner, last = _without_tags(first["loc"]) or ("the body",)
     names = [str(part) for part in inner if _is_name(part)]
     if unknown is not None:  # the last part is the client's own word, whatever it is
         where = ".".join([*names, str(last)[:MAX_NAME_CHARS]])
@@ -128,6 +134,29 @@ def _first_error(error: ValidationError) -> ApiError:
                 f"{where} must be one of {first['ctx']['expected_tags']}: correct it", param=where
             )
     return ApiError(f"{where} is not valid: {first['msg']}", param=where)
+
+
+def _without_tags(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic puts the kind of a format into the path, too; and keys of maps are the client's words."""
+    if loc[:1] == ("logit_bias",):
+        return loc[:1]
+    tagged = [i for i in range(1, len(loc)) if loc[i - 1] in FORMATS and loc[i] in FORMAT_KINDS]
+    return tuple(part for i, part in enumerate(loc) if i not in tagged)
+
+
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether objects and lists stand in each other more than `limit` deep."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _is_name(part: object) -> bool:

@@ -18,6 +18,7 @@ class ServerConfig:
         "error"  # for models without one: refuse, or put into the first turn
     )
     chat_template: str | None = None  # jinja file instead of the checkpoint's template
+    ui: bool = True  # a page to try the model, at /; without it a 404 there
     max_body_bytes: int = 4 * 2**20  # larger request bodies get 413; more lets one body hold up others longer
     max_queued_requests: int = 1024  # open requests at most, a bound on memory; beyond it 429
     max_queue_wait_s: float = 60.0  # predicted wait above it: 429 with Retry-After

@@ -208,7 +208,9 @@ class ChatAnswer(Answer):
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason
             if self._tools is not None:
-                choice.finish_reason = self._tools.finish_reason(delta.finish_reason, len(choice.calls))
+                is_whole = choice.parser is not None and not choice.parser.is_open
+                has_called = bool(choice.calls) and is_whole
+                choice.finish_reason = self._tools.finish_reason(delta.finish_reason, has_called=has_called)
         return text, pieces
 
     def _logprobs(self, scored: ScoredTokens | None) -> dict[str, Any] | None:

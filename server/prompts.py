@@ -73,7 +73,8 @@ class Prompts:
         if num_chars > limit * self._max_token_chars:
             raise PromptTooLong(
                 f"This model's maximum context length is {limit} tokens. The prompt has {num_chars}"
-                f" characters and no token has more than {self._max_token_chars}: shorten it",
+                f" characters and no token has more than {self._max_token_chars}: the prompt is too long,"
+                " shorten it",
                 param,
             )
 

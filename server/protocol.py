@@ -146,6 +146,7 @@ class CalledFunction(Strict):
 
     name: FunctionName = Field(description="The function")
     arguments: str = Field(description="Its arguments in JSON, as the model wrote them")
+    parsed_arguments: Any = Field(None, description="No effect: clients add it")
 
 
 class ToolCall(Strict):
@@ -165,6 +166,9 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks")
     content: Texts | None = Field(None, description="What is said; may be absent beside tool_calls")
     name: str | None = Field(None, description="No effect")
+    refusal: str | None = Field(None, description="What an assistant said instead of content")
+    annotations: list[Any] = Field(default_factory=list, description="No effect")
+    parsed: Any = Field(None, description="No effect: clients add it")
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description="Of an assistant: what it called"
     )
@@ -175,7 +179,7 @@ class Message(Strict):
     @property
     def text(self) -> str:
         if self.content is None or isinstance(self.content, str):
-            return self.content or ""
+            return self.content or self.refusal or ""
         return "".join(part.text for part in self.content)
 
 
@@ -196,7 +200,7 @@ def check_turns(messages: list[Message]) -> None:
                 f"{where}.tool_call_id must be in the messages of role tool, and only there: correct it",
                 param=f"{where}.tool_call_id",
             )
-        if message.content is None and not message.tool_calls:
+        if message.content is None and not message.tool_calls and message.refusal is None:
             raise ApiError(
                 f"{where}.content must be given: add it",
                 param=f"{where}.content",
@@ -241,10 +245,11 @@ class ChatRequest(GenerationRequest):
 
     def tool_use(self) -> ToolUse | None:
         """What may be called. Raises ApiError if tools and tool_choice do not fit."""
-        choice = self.tool_choice
-        name = choice.function.name if isinstance(choice, NamedTool) else choice
+        choice, is_parallel = self.tool_choice, self.parallel_tool_calls
         functions = [tool.function for tool in self.tools]
-        return tool_use(functions, name, is_parallel=self.parallel_tool_calls)
+        if isinstance(choice, NamedTool):
+            return tool_use(functions, None, named=choice.function.name, is_parallel=is_parallel)
+        return tool_use(functions, choice, is_parallel=is_parallel)
 
     def grammar(self) -> Grammar | None:
         """That of the calls, if there are tools."""

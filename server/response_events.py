@@ -144,7 +144,8 @@ class ResponseAnswer(Answer):
     def _end(self) -> list[bytes]:
         """Close the last item; an answer without any has an empty message."""
         events = [] if self._items else self._open(_Item())
-        return events + self._close(self._status())
+        is_cut = self._parser is not None and self._parser.is_open  # by a stop string
+        return events + self._close("incomplete" if is_cut else self._status())
 
     def _status(self) -> str:
         if self._error is not None:
@@ -187,7 +188,7 @@ class ResponseAnswer(Answer):
             "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": "disabled",
-            "metadata": {},
+            "metadata": body.metadata,
             "usage": {
                 "input_tokens": usage.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},

@@ -1,10 +1,13 @@
 """The body of /v1/responses, and the chat that it asks for. Nothing is stored: a body brings its history."""
 
+import re
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from cabochon.engine.sampling_params import MAX_LOGPROBS
+from cabochon.engine.errors import RequestError
+from cabochon.engine.sampling_params import MAX_LOGPROBS, Grammar
 from cabochon.server.body import Strict
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import (
@@ -45,12 +48,24 @@ class InputText(Strict):
     logprobs: list[Any] = Field(default_factory=list, description="No effect")
 
 
+class InputRefusal(Strict):
+    """A part of an earlier answer."""
+
+    type: Literal["refusal"] = Field(description="What was said instead")
+    refusal: str = Field(description="The text")
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class _Item(Strict):
     id: str | None = Field(None, description="No effect")
     status: str | None = Field(None, description="No effect")
 
 
-Texts = str | Annotated[list[InputText], Field(fail_fast=True)]
+Part = Annotated[InputText | InputRefusal, Field(discriminator="type")]
+Texts = str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class InputMessage(_Item):
@@ -128,7 +143,7 @@ class TextOptions(Strict):
 class ResponsesRequest(SamplingFields):
     """POST /v1/responses"""
 
-    no_effect: ClassVar = (NO_EFFECT - {"prediction", "verbosity", "reasoning_effort"}) | {
+    no_effect: ClassVar = (NO_EFFECT - {"prediction", "verbosity", "reasoning_effort", "metadata"}) | {
         "stream_options",
         "reasoning",
         "max_tool_calls",
@@ -145,6 +160,7 @@ class ResponsesRequest(SamplingFields):
         description="A text, or the conversation so far"
     )
     instructions: str | None = Field(None, description="A system message before it")
+    metadata: dict[str, Any] = Field(default_factory=dict, description="Comes back with the answer")
     max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Tokens of the answer at most; absent: what the context holds"
     )
@@ -174,8 +190,10 @@ class ResponsesRequest(SamplingFields):
         if isinstance(choice, NamedFunction):
             choice = NamedTool(type="function", function=FunctionChoice(name=choice.name))
         messages = self._messages()
+        if any(len(message.tool_calls or ()) > MAX_TOOLS for message in messages):
+            raise ApiError(f"input must have at most {MAX_TOOLS} calls in a turn: send fewer", param="input")
         check_turns(messages)
-        return ChatRequest.model_construct(  # of checked parts
+        return _Chat.model_construct(  # of checked parts
             **{name: getattr(self, name) for name in SamplingFields.model_fields},
             messages=messages,
             max_completion_tokens=self.max_output_tokens,
@@ -201,18 +219,46 @@ class ResponsesRequest(SamplingFields):
         for item in items:
             match item:
                 case InputMessage():
-                    messages.append(Message(role=item.role, content=_text(item.content)))
+                    text = _text(item.content)
+                    if item.role == "assistant" and messages and messages[-1].role == "assistant":
+                        before = messages[-1].text  # text behind a call is of the same turn
+                        messages[-1].content = f"{before}\n{text}" if before else text
+                    else:
+                        messages.append(Message(role=item.role, content=text))
                 case InputCall():
                     if not messages or messages[-1].role != "assistant":
-                        messages.append(Message(role="assistant", tool_calls=[]))
+                        messages.append(Message(role="assistant"))
+                    if messages[-1].tool_calls is None:
+                        messages[-1].tool_calls = []
                     called = CalledFunction(name=item.name, arguments=item.arguments)
-                    calls = messages[-1].tool_calls or []
-                    messages[-1].tool_calls = [*calls, ToolCall(id=item.call_id, function=called)]
+                    messages[-1].tool_calls.append(ToolCall(id=item.call_id, function=called))
                 case InputCallOutput():
                     messages.append(
                         Message(role="tool", content=_text(item.output), tool_call_id=item.call_id)
                     )
         return messages
+
+
+class _Chat(ChatRequest):
+    """A chat whose errors name the fields of this endpoint."""
+
+    def grammar(self) -> Grammar | None:
+        grammar = super().grammar()
+        if grammar is None or grammar.param != "response_format":
+            return grammar
+        return replace(grammar, param=NAMES[grammar.param])
+
+
+def in_our_words(error: RequestError | ApiError) -> None:
+    """Rename what an error of the chat names."""
+    message = str(error)
+    for chats, ours in NAMES.items():
+        pattern = rf"\b{chats}(\.\d+)?\b" if chats == "messages" else rf"\b{chats}\b"
+        message = re.sub(pattern, ours, message)
+        if error.param is not None:
+            error.param = re.sub(pattern, ours, error.param)
+    error.args = (message.replace("tool_call_id", "call_id"),)
+    error.param = error.param and error.param.replace("tool_call_id", "call_id")
 
 
 def _function(tool: FlatTool) -> Function:
@@ -224,5 +270,5 @@ def _function(tool: FlatTool) -> Function:
     )
 
 
-def _text(content: str | list[InputText]) -> str:
+def _text(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)

@@ -154,6 +154,7 @@ class _End:
     def __init__(self, service: Service, server: uvicorn.Server) -> None:
         self._engine = service.engine
         self._lifecycle = service.lifecycle
+        self._has_ui = service.config.ui
         self._server = server
         self._drain: asyncio.Task[None] | None = None
         self.exit_code = 0
@@ -165,7 +166,7 @@ class _End:
             loop.add_signal_handler(number, self._on_signal)
         while not self._server.started:
             await asyncio.sleep(0.01)
-        _print_banner(self._engine, sock)
+        _print_banner(self._engine, sock, has_ui=self._has_ui)
         while self._engine.dead_reason() is None:
             await asyncio.sleep(0.1)
         if self._drain is None:
@@ -190,7 +191,7 @@ class _End:
         self._server.should_exit = True
 
 
-def _print_banner(engine: Engine, sock: socket.socket) -> None:
+def _print_banner(engine: Engine, sock: socket.socket, *, has_ui: bool) -> None:
     info = engine.info
     host, port = sock.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -199,6 +200,7 @@ def _print_banner(engine: Engine, sock: socket.socket) -> None:
         if info.model == "demo"
         else ""
     )
+    page = f"  try it at {url.removesuffix('v1')}\n" if has_ui else ""
     weights_gib, kv_gib = info.weight_bytes / 2**30, info.kv_bytes / 2**30
     print(
         f"\n  Cabochon {VERSION}\n{note}"
@@ -206,7 +208,7 @@ def _print_banner(engine: Engine, sock: socket.socket) -> None:
         f"  device    {info.device}, attention {info.attention_backend}\n"
         f"  KV cache  {info.kv_capacity_tokens:,} tokens in {kv_gib:.2f} GiB;"
         f" a request has up to {info.max_model_len:,}\n"
-        f"  ready at  {url}\n\n"
+        f"  ready at  {url}\n{page}\n"
         f"  curl {url}/completions -H 'Content-Type: application/json' \\\n"
         """       -d '{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}'\n""",
         flush=True,

@@ -32,7 +32,7 @@ from cabochon.server.protocol import (
     SamplingFields,
 )
 from cabochon.server.response_events import ResponseAnswer
-from cabochon.server.responses import NAMES, ResponsesRequest
+from cabochon.server.responses import ResponsesRequest, in_our_words
 from cabochon.server.streaming import EventStream, JsonResponse, or_disconnect
 
 VERSION = version("cabochon")
@@ -98,9 +98,7 @@ class Service:
             with self._words_of_chat(chat):
                 choices = await self._chat_choices(chat)
         except (RequestError, ApiError) as error:
-            name, _, rest = (error.param or "").partition(".")
-            if name in NAMES:
-                error.param = NAMES[name] if name == "messages" else f"{NAMES[name]}{rest and '.'}{rest}"
+            in_our_words(error)
             raise
         return self._job(body, choices, head, ResponseAnswer(head, body, chat.tool_use()))
 

@@ -10,15 +10,24 @@ from typing import NamedTuple
 
 import regex  # partial matches, which `re` lacks: what may still become a call is held back
 
-OPEN = r"(?:```[a-z_]*\s*|<tool_call>\s*)?"
+from cabochon.server.tools import CALL_OPENING
+
+MAX_HELD = 512  # characters; more white space than that is text, and no feed looks at more than that again
 CLOSE = r"(?:```|</tool_call>)?"
 CALL = (
     r'\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_-]{1,64})"\s*'
     r'(?:,\s*"(?:parameters|arguments)"\s*:\s*(?P<arguments>\{)|(?P<none>\}))'
 )
-FIRST = regex.compile(rf"\s*{OPEN}\[?\s*{CALL}")
-NEXT = regex.compile(rf"\s*\}}\s*{CLOSE}\s*,?\s*{OPEN}{CALL}")
-END = regex.compile(rf"\s*\}}\s*\]?\s*{CLOSE}\s*")
+
+
+def _pattern(text: str) -> regex.Pattern[str]:
+    """Possessive stars: nothing is tried twice, or a flood of white space would take its square."""
+    return regex.compile(text.replace("*", "*+"))
+
+
+FIRST = _pattern(rf"\s*{CALL_OPENING}\[?\s*{CALL}")
+NEXT = _pattern(rf"\s*\}}\s*{CLOSE}\s*,?\s*{CALL_OPENING}{CALL}")
+END = _pattern(rf"\s*\}}\s*\]?\s*{CLOSE}\s*")
 
 
 class Text(NamedTuple):
@@ -60,6 +69,11 @@ class CallParser:
         self._depth = 0
         self._is_string = self._is_escape = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the arguments of the last call are not whole yet."""
+        return self._state is _State.ARGUMENTS
+
     def feed(self, text: str) -> list[Part]:
         """Take more of the answer. Returns what is certain now."""
         self._held += text
@@ -87,17 +101,21 @@ class CallParser:
 
     def _look_for_call(self) -> list[Part]:
         is_first = self._state is _State.START
-        found = (FIRST if is_first else NEXT).match(self._held, partial=True)
+        head = self._held[: MAX_HELD + 1]
+        may_grow = len(head) <= MAX_HELD
+        found = (FIRST if is_first else NEXT).match(head, partial=True)
         if found is not None and found.partial:
-            return []
+            if may_grow:
+                return []
+            found = None
         if found is None or found["name"] not in self._names:
             if not is_first:
-                if END.fullmatch(self._held, partial=True):
+                if may_grow and END.fullmatch(head, partial=True):
                     return []  # so far nothing but what closes calls
-                end = END.match(self._held)
+                end = END.match(head)
                 self._take(0 if end is None else end.end())
             self._state = _State.TEXT
-            return [Text(self._take(len(self._held)))]
+            return [Text(self._take(len(self._held)))] if self._held else []
         if found["none"] is not None:
             self._take(found.start("none"))
             self._state = _State.AFTER

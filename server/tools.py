@@ -15,11 +15,13 @@ import msgspec
 from pydantic import Field
 
 from cabochon.engine.sampling_params import JSON_WHITESPACE, Grammar
-from cabochon.server.body import Strict
+from cabochon.server.body import MAX_DEPTH, Strict, is_deeper
 from cabochon.server.errors import ApiError
 
 MAX_TOOLS = 128  # OpenAI's limit
-MAX_CALLS = 16  # in one enforced answer, so that it ends
+MAX_CALLS = 16  # in one answer that a grammar binds
+MAX_REQUIRED_CALLS = 4  # in one that must call: a model that repeats itself must come to an end
+CALL_OPENING = r"(?:```[a-z_]*\s*|<tool_call>\s*)?"  # what models write before a call
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 ANY_PARAMETERS: dict[str, Any] = {"type": "object"}
@@ -30,7 +32,8 @@ you MUST put it in the format of
 PARALLEL = "To invoke several at once, put a list of these in square brackets.\n"
 END_OF_PREAMBLE = "\nYou SHOULD NOT include any other text in the response if you call a function\n"
 # Keywords of JSON schema whose values are no schemas, or map names to schemas.
-DATA, MAPS = {"const", "enum", "default", "examples"}, {"properties", "patternProperties", "$defs"}
+DATA = {"const", "enum", "default", "examples"}
+MAPS = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 
 Call = tuple[str, str]  # a function's name, and its arguments in JSON
 
@@ -71,7 +74,8 @@ class ToolUse:
     """What a request may call, and must."""
 
     functions: tuple[Function, ...]  # all that the model is told of
-    choice: str  # "auto", "required", or the name of a function
+    choice: Literal["auto", "required", "named"]
+    named: str | None = None  # the one function, if one is named
     is_parallel: bool  # several calls in one answer
 
     @property
@@ -79,27 +83,37 @@ class ToolUse:
         """Of all functions."""
         return frozenset(function.name for function in self.functions)
 
-    def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
+    def finish_reason(self, reason: str | None, *, has_called: bool) -> str | None:
         """OpenAI's word: an answer that called says so, unless the call was prescribed by name."""
-        is_call = reason == "stop" and num_calls > 0 and self.choice in ("auto", "required")
+        is_call = reason == "stop" and has_called and self.choice != "named"
         return "tool_calls" if is_call else reason
 
     def grammar(self, answer: dict[str, Any] | None) -> Grammar | None:
         """Of the whole output; None: nothing binds it. answer: the schema of text that is no call."""
+        schemas = [self._parameters(function) for function in self.functions]
+        for schema in (*schemas, answer or {}):  # before anything is done with one that is too large
+            Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode(), param="tools")
         if self.choice != "auto":
             text = msgspec.json.encode(self._schema(None)).decode()
             return Grammar(kind="json_schema", text=text, param="tools")
+        is_bound = not self.is_parallel or any(function.strict for function in self.functions)
+        if answer == {"type": "object"} and is_bound:
+            raise ApiError(
+                "response_format must not be json_object beside strict functions or one call at most: any"
+                " call would be such an object; send a json_schema",
+                param="response_format",
+            )
         if answer is not None:
             text = msgspec.json.encode(self._schema(answer)).decode()
             return Grammar(kind="json_schema", text=text, param="response_format")
-        if self.is_parallel and not any(function.strict for function in self.functions):
+        if not is_bound:
             return None
         return Grammar(kind="lark", text=self._text_or_calls(), param="tools")
 
     def _schema(self, answer: dict[str, Any] | None) -> dict[str, Any]:
         """Of a call, of several, or of the answer. $defs hold the clients' schemas."""
-        is_named = self.choice not in ("auto", "required")
-        allowed = [one for one in self.functions if not is_named or one.name == self.choice]
+        is_named = self.choice == "named"
+        allowed = [one for one in self.functions if not is_named or one.name == self.named]
         definitions = {f"p{i}": self._parameters(one) for i, one in enumerate(allowed)}
         calls = [
             {
@@ -115,7 +129,9 @@ class ToolUse:
         ]
         options = list(calls)
         if self.is_parallel and not is_named:
-            options.append({"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS})
+            options.append(
+                {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_REQUIRED_CALLS}
+            )
         if answer is not None:
             definitions["answer"] = answer
             options.append({"$ref": "#/$defs/answer"})
@@ -138,13 +154,14 @@ class ToolUse:
         for i, function in enumerate(self.functions):
             schema = {**self._parameters(function), "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
             rules.append(f"p{i}: %json {msgspec.json.encode(schema).decode()}")
-        rules.append(r'TEXT: /(?s:.+)/ & ~/\s*(```[a-z_]*\s*)?\[?\s*\{\s*"name"\s*:(?s:.*)/')
+        call = rf'\s*{CALL_OPENING}\[?\s*\{{\s*"name"\s*:'
+        rules.append(f"TEXT: /(?s:.+)/ & ~/{call.replace('/', chr(92) + '/')}(?s:.*)/")
         return "\n".join(rules)
 
     def _parameters(self, function: Function) -> dict[str, Any]:
         if self.choice == "auto" and not function.strict:
             return ANY_PARAMETERS
-        return {"type": "object", **function.parameters}
+        return {**function.parameters, "type": "object"}
 
 
 def _moved(schema: Any, base: str, *, is_map: bool = False) -> Any:
@@ -157,7 +174,9 @@ def _moved(schema: Any, base: str, *, is_map: bool = False) -> Any:
     for key, value in schema.items():
         if is_map:
             moved[key] = _moved(value, base)
-        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+        elif key == "$id":
+            continue  # its references would be looked up there
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
             moved[key] = base + value[1:]
         elif key in DATA:
             moved[key] = value
@@ -166,9 +185,15 @@ def _moved(schema: Any, base: str, *, is_map: bool = False) -> Any:
     return moved
 
 
-def tool_use(functions: Sequence[Function], choice: str | None, *, is_parallel: bool) -> ToolUse | None:
-    """choice: none, auto, required, a function's name, or absent. Raises ApiError if they do not fit."""
-    if choice == "none" or (not functions and choice in (None, "auto")):
+def tool_use(
+    functions: Sequence[Function],
+    choice: Literal["none", "auto", "required"] | None,
+    *,
+    named: str | None = None,
+    is_parallel: bool = True,
+) -> ToolUse | None:
+    """named: the function that must be called. Raises ApiError if they do not fit."""
+    if named is None and (choice == "none" or (not functions and choice != "required")):
         return None
     if not functions:
         raise ApiError("tool_choice needs tools: send some, or leave it out", param="tool_choice")
@@ -176,13 +201,18 @@ def tool_use(functions: Sequence[Function], choice: str | None, *, is_parallel: 
     if len(set(names)) < len(names):
         raise ApiError("tools must have names of their own, two share one: rename one", param="tools")
     for index, function in enumerate(functions):
-        if function.parameters.get("type", "object") != "object":
-            raise ApiError(
-                f"tools.{index}: parameters must be a schema of type object: correct them", param="tools"
-            )
-    if choice not in (None, "auto", "required", *names):
+        if function.parameters.get("type") not in (None, "object", ["object"]):
+            where = f"tools.{index}.function.parameters"
+            raise ApiError(f"{where} must be a schema of type object: correct it", param=where)
+    if named is not None and named not in names:
         raise ApiError("tool_choice must name one of tools: correct it", param="tool_choice")
-    return ToolUse(functions=tuple(functions), choice=choice or "auto", is_parallel=is_parallel)
+    mode: Literal["auto", "required", "named"] = "required" if choice == "required" else "auto"
+    return ToolUse(
+        functions=tuple(functions),
+        choice=mode if named is None else "named",
+        named=named,
+        is_parallel=is_parallel,
+    )
 
 
 def declaration(functions: Sequence[Function], *, is_parallel: bool) -> str:
@@ -211,4 +241,4 @@ def arguments_value(arguments: str) -> Mapping[str, Any] | str:
         value = msgspec.json.decode(arguments or "{}")
     except (msgspec.DecodeError, RecursionError):
         return arguments
-    return value if isinstance(value, dict) else arguments
+    return value if isinstance(value, dict) and not is_deeper(value, MAX_DEPTH) else arguments

@@ -11,13 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from tiny_tokenizer import tiny_tokenizer
 
 from cabochon.engine.fake import FakeEngine, FakeFaults
@@ -54,12 +55,13 @@ class _QuickServer(uvicorn.Server):
 class LiveServer:
     """uvicorn in a thread, with the engine and the service within reach."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, around: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any) -> None:
+        """around: what the app is mounted in. options: fields of ServerConfig."""
         self.service = fake_service(**options)
         assert isinstance(self.service.engine, FakeEngine)
         self.engine = self.service.engine
         self.faults = self.engine.faults
-        app = build_app(self.service)
+        app = around(build_app(self.service))
         self._server = _QuickServer(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="off")
         )

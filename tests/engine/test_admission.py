@@ -21,11 +21,18 @@ from cabochon.engine.sampling_params import SamplingParams
             PromptTooLong,
             "^This model's maximum context length is 48 tokens.*48 tokens",
         ),
+        ({"prompt_ids": [3] * 48}, {"max_tokens": 50}, PromptTooLong, "the prompt is too long, shorten it"),
         (
             {"prompt_ids": [3] * 40},
             {"max_tokens": 9},
             PromptTooLong,
-            "has 40 tokens and 9 of output are wanted",
+            "40 tokens and 9 of output are wanted: the prompt is too long, shorten it or lower max_tokens$",
+        ),
+        (
+            {},
+            {"max_tokens": 48},
+            PromptTooLong,
+            "has 3 tokens and 48 of output are wanted: lower max_tokens$",
         ),
         (
             {},

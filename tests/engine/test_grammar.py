@@ -2,15 +2,14 @@
 
 import json
 import re
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Event
 
-import numpy as np
+import psutil
 import pytest
+from fake_server import wait_until
+from real_server import is_gone
 
 from cabochon.engine.errors import BadGrammar, BadSampling
-from cabochon.engine.grammar import Grammars, Matcher
 from cabochon.engine.llm import LLM, Completion
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import Grammar, SamplingParams
@@ -136,27 +135,47 @@ def test_a_grammar_that_is_too_long_is_refused() -> None:
         regex("a" * 300_000)
 
 
-def test_who_waits_for_a_slow_mask_holds_up_nobody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_go_on = Event()
+def grammar_processes(llm: LLM) -> list[psutil.Process]:
+    """The first reads the tokenizer, the others have a grammar each."""
+    host = psutil.Process(llm.core._grammars._host._process.pid)
+    return [host, *host.children()]
 
-    def slow(self: Grammars, matcher: Matcher) -> Future[np.ndarray]:
-        return self._pool.submit(lambda: may_go_on.wait(60) and matcher.mask())
 
+def add(llm: LLM, name: str, params: SamplingParams) -> None:
+    llm.core.add(GenerateRequest(request_id=name, prompt_ids=[8, 9], params=params))
+
+
+def finish(llm: LLM) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Step until nothing is left. Tokens and errors by request."""
+    tokens: dict[str, list[int]] = {}
+    errors: dict[str, str] = {}
+    while llm.core.has_work:
+        outputs, refusals = llm.core.step()
+        for output in outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        errors |= {refusal.request_id: f"{refusal.error} {refusal.message}" for refusal in refusals}
+    return tokens, errors
+
+
+def test_who_waits_for_a_slow_mask_holds_up_nobody(llm: LLM) -> None:
     params = SamplingParams(seed=0, max_tokens=150, grammar=regex("[ab]{6}"))
     free = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     expected = {"slow": llm.generate([[8, 9]], params), "free": llm.generate([[8, 9]], free)}
-    monkeypatch.setattr(Grammars, "next_mask", slow)
-    llm.core.add(GenerateRequest(request_id="slow", prompt_ids=[8, 9], params=params))
-    llm.core.add(GenerateRequest(request_id="free", prompt_ids=[8, 9], params=free))
+    _, *followers = grammar_processes(llm)
     tokens: dict[str, list[int]] = {"slow": [], "free": []}
-    while llm.core.has_work:
-        outputs, refusals = llm.core.step()
-        assert not refusals
-        for output in outputs:
-            tokens[output.request_id] += output.token_ids
-            if output.request_id == "free" and output.finish_reason:
-                assert not tokens["slow"]
-                may_go_on.set()
+    try:
+        for process in followers:
+            process.suspend()
+        add(llm, "slow", params)
+        add(llm, "free", free)
+        while len(tokens["free"]) < 30:
+            for output in llm.core.step()[0]:
+                tokens[output.request_id] += output.token_ids
+    finally:
+        for process in followers:
+            process.resume()
+    assert not tokens["slow"]
+    tokens["slow"] = finish(llm)[0]["slow"]
     assert tokens == {name: one[0].token_ids for name, one in expected.items()}
 
 
@@ -171,21 +190,32 @@ def test_an_aborted_request_leaves_nothing(llm: LLM) -> None:
         assert llm.core.stats().pages_used == 0
 
 
-@pytest.mark.parametrize("name", ["compile", "next_mask"])
-def test_a_grammar_that_fails_ends_its_request_and_not_the_engine(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    original = getattr(Grammars, name)
-    monkeypatch.setattr(Grammars, name, lambda self, _: self._pool.submit(lambda: 1 // 0))
-    params = SamplingParams(max_tokens=5, grammar=regex("a"))
-    llm.core.add(GenerateRequest(request_id="bad", prompt_ids=[8], params=params))
-    refusals = []
-    while llm.core.has_work:
-        refusals += llm.core.step()[1]
-    assert [refusal.error for refusal in refusals] == [BadGrammar.__name__]
-    monkeypatch.setattr(Grammars, name, original)
-    assert run(llm, regex("abc"), count=1)[0].text == "abc"
+def test_what_ends_a_grammars_process_ends_its_requests_alone(llm: LLM) -> None:
+    expected = llm.generate([[8, 9]], SamplingParams(max_tokens=150, grammar=schema(PERSON)))
+    others = {process.pid for process in grammar_processes(llm)}
+    add(llm, "lost", SamplingParams(max_tokens=100, grammar=regex("[xyz]{80}")))
+    add(llm, "kept", SamplingParams(max_tokens=150, grammar=schema(PERSON)))
+    tokens: list[int] = []
+    while len(tokens) < 5:
+        tokens += [t for o in llm.core.step()[0] if o.request_id == "kept" for t in o.token_ids]
+    (victim,) = [process for process in grammar_processes(llm) if process.pid not in others]
+    victim.kill()
+    rest, errors = finish(llm)
+    assert errors.keys() == {"lost"}
+    assert errors["lost"].startswith("BadGrammar structured_outputs must give each mask within 10 s")
+    assert tokens + rest["kept"] == expected[0].token_ids
     assert llm.core.stats().pages_used == 0
+    assert run(llm, regex("[xyz]{80}"), count=1)[0].finish_reason == "stop"
+
+
+def test_a_lost_tokenizer_process_is_replaced(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    run(llm, regex("abc"), count=1)
+    host, *_ = grammar_processes(llm)
+    host.kill()
+    wait_until(lambda: is_gone(host), 10)
+    assert run(llm, regex("abcd"), count=1)[0].text == "abcd"
+    assert grammar_processes(llm)[0].pid != host.pid
+    assert "grammar process ended code=-9, starting another" in caplog.text
 
 
 def test_a_request_may_be_published_while_its_grammar_compiles(llm: LLM) -> None:

@@ -73,13 +73,18 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(
 
 @pytest.mark.parametrize(
     ("asked", "has_gpu", "device"),
-    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+    [("auto", False, "cpu"), ("auto", True, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
 )
-def test_auto_is_the_gpu_if_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, asked: str, has_gpu: bool, device: str
+def test_a_gpu_must_be_asked_for_and_is_not_passed_over_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: str,
+    has_gpu: bool,
+    device: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert settle_device(EngineConfig(device=asked)).type == device  # type: ignore[arg-type]
+    assert ("--device cuda" in caplog.text) == (asked == "auto" and has_gpu)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,9 @@ def completion(echo: tuple[str, ...] = ("",), **options: bool) -> CompletionAnsw
 
 
 def tools(choice: str = "auto") -> ToolUse:
-    return ToolUse(functions=(Function(name="f"),), choice=choice, is_parallel=True)
+    named = "f" if choice == "f" else None
+    mode: Any = choice if named is None else "named"
+    return ToolUse(functions=(Function(name="f"),), choice=mode, named=named, is_parallel=True)
 
 
 def frame(name: str) -> dict[str, Any]:

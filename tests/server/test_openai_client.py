@@ -222,3 +222,8 @@ def test_many_async_requests_of_all_kinds_go_together(server: RealServer) -> Non
     answers = asyncio.run(run())
     assert len(answers) == 12
     assert server.health() == 200
+
+
+def test_a_line_of_the_engine_stands_in_the_log_as_one_of_the_server(server: RealServer) -> None:
+    (line,) = (one for one in server.output().splitlines() if "engine ready" in one)
+    assert "INFO cabochon.engine.load engine ready architecture=Gemma2ForCausalLM" in line

@@ -54,6 +54,7 @@ def test_a_giant_is_refused_unread(prompts: Prompts) -> None:
     with pytest.raises(PromptTooLong) as caught:
         asyncio.run(prompts.of_messages([Message(role="user", content=giant)], limit=100))
     assert caught.value.param == "messages"
+    assert "the prompt is too long, shorten it" in str(caught.value)
 
 
 def test_a_chat_has_one_bos(prompts: Prompts) -> None:

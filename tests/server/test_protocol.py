@@ -181,7 +181,8 @@ def test_what_is_not_implemented_may_ask_for_nothing(name: str) -> None:
     for value in ASKS_NOTHING[name]:
         assert completion(**{name: value}) == completion()
     error = refusal(completion, **{name: SECRET})
-    assert str(error) == f"{name} must be absent: this server does not support it"
+    assert str(error).startswith(f"{name} must be absent or ")
+    assert str(error).endswith(": this server supports nothing else")
     assert (error.param, error.code) == (name, "unsupported_parameter")
 
 
@@ -296,7 +297,10 @@ def test_wrong_tools_are_named(fields: dict[str, Any], param: str) -> None:
         ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools"),
-        ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools"),
+        (
+            {"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tools.0.function.parameters",
+        ),
         ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
     ids=str,
@@ -323,3 +327,27 @@ def test_without_tools_nothing_may_be_called(fields: dict[str, Any]) -> None:
 def test_completions_may_turn_logprobs_off_with_false() -> None:
     assert completion(logprobs=False).num_logprobs is None
     assert refusal(completion, logprobs=True).param == "logprobs"
+
+
+FORMAT = {"type": "json_schema"}
+
+
+def test_what_clients_add_to_an_answer_may_come_back() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {"a": None}}
+    answer = {"role": "assistant", "content": "x", "parsed": {"a": 1}, "annotations": [], "refusal": None}
+    call = {"role": "assistant", "tool_calls": [{**CALL, "function": function}]}
+    turns = chat(USER, answer, USER, call, RESULT, {"role": "assistant", "refusal": "no"}).messages
+    assert [turn.text for turn in turns] == ["hi", "x", "hi", "", "5", "no"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {**FORMAT, "json_schema": {"schema": 5}}}, "response_format.json_schema.schema"),
+        ({"response_format": {**FORMAT, "json_schema": {"x": 5}}}, "response_format.json_schema.x"),
+        ({"logit_bias": {SECRET: "a"}}, "logit_bias"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_path_of_a_fault_is_the_clients(fields: dict[str, Any], param: str) -> None:
+    assert refusal(chat, **fields).param == param

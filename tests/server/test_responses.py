@@ -72,13 +72,13 @@ def test_a_schema_and_tools_are_those_of_a_chat() -> None:
     assert chat.response_format.schema_() == {"type": "object"}
     use = chat.tool_use()
     assert use is not None
-    assert (use.choice, use.functions[0].name, use.functions[0].strict) == ("now", "now", True)
+    assert (use.choice, use.named, use.functions[0].strict) == ("named", "now", True)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"store": True}, {"metadata": {"a": "b"}}, {"reasoning": {"effort": None}}, {"background": False},
+        {"store": True}, {"reasoning": {"effort": None}}, {"background": False},
         {"truncation": "disabled"}, {"include": []}, {"include": ["reasoning.encrypted_content"]},
         {"previous_response_id": None}, {"text": {"format": {"type": "text"}}}, {"user": "u"},
         {"text": {"verbosity": "low"}}, {"stream_options": {"include_obfuscation": False}},
@@ -98,6 +98,8 @@ def test_what_asks_for_nothing_changes_nothing(fields: dict[str, Any]) -> None:
         ({"given": 5}, "input"),
         ({"given": [{"type": SECRET}]}, "input.0"),
         ({"given": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format.schema"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"given": [{"role": "robot", "content": "x"}]}, "input.0.role"),
         ({"given": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"given": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input.0.arguments"),
@@ -135,7 +137,13 @@ def test_errors_use_the_words_of_this_endpoint(shared: LiveServer) -> None:
     assert error(instructions="x")["param"] == "input"
     assert error(max_output_tokens=5000)["param"] == "max_output_tokens"
     lonely = [{"type": "function_call_output", "call_id": "1", "output": "x"}]
-    assert error(input=lonely)["param"] == "input"
+    assert error(input=lonely)["param"] == "input.call_id"
+    assert error(input=lonely)["message"].startswith("input.call_id must be the id of a call")
+    assert error(instructions="x")["message"].startswith("input must have no system")
+    schema = {"enum": ["a" * 1000] * 300}
+    huge = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert "messages" not in error(input="hello " * 600)["message"]
+    assert error(text=huge)["message"].startswith("text.format must be")
 
 
 def test_a_whole_response_is_openais_object(shared: LiveServer) -> None:
@@ -237,3 +245,36 @@ def test_a_failure_in_a_stream_is_told_as_failed(live: LiveServer) -> None:
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"]["code"] == "server_error"
     assert "finite" in last["response"]["error"]["message"]
+
+
+def test_metadata_comes_back(shared: LiveServer) -> None:
+    body = {"input": "hello", "max_output_tokens": 1, "metadata": {"a": "b"}}
+    assert shared.post(RESPONSES, body).json()["metadata"] == {"a": "b"}
+
+
+def test_text_behind_a_call_is_replayed_in_the_same_turn() -> None:
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"},
+        {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "Wait."}]},
+        {"type": "function_call_output", "call_id": "1", "output": "5"},
+    ]
+    messages = body(items).as_chat().messages
+    assert [(one.role, one.text) for one in messages] == [
+        ("user", "hi"),
+        ("assistant", "Wait."),
+        ("tool", "5"),
+    ]
+
+
+def test_a_grammar_is_named_as_this_endpoint_names_it() -> None:
+    text = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}
+    grammar = body(text=text).as_chat().grammar()
+    assert grammar is not None
+    assert grammar.param == "text.format"
+
+
+def test_a_call_that_a_stop_string_cuts_is_an_incomplete_item(echo: LiveServer) -> None:
+    given = '{"name": "now", "parameters": {"a": "OsloEND'
+    item = echo.post(RESPONSES, {"input": given, "stop": ["END"], "tools": [TOOL]}).json()["output"][0]
+    assert (item["type"], item["arguments"], item["status"]) == ("function_call", '{"a": "Oslo', "incomplete")

@@ -89,6 +89,7 @@ def test_the_banner_says_what_is_served_and_where(server: ServerProcess) -> None
         "fake (FakeForCausalLM, fp32",
         "8,192 tokens",
         "ready at  http://127.0.0.1:",
+        f"try it at {server.url.removesuffix('v1')}\n",
         "curl http://127",
     ):
         assert words in server.banner

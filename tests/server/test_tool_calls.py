@@ -1,6 +1,7 @@
 """Calls are found however an answer is cut into pieces, and text stays text."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -135,3 +136,21 @@ def test_calls_as_we_write_them_are_read_back(calls: list[tuple[str, Any]], data
 def test_the_pieces_of_an_answer_do_not_matter(answer: str, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(answer)))
     assert found(answer[:cut], answer[cut:]) == found(answer) == found(*answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"name": "f", "parameters": {}}' + " " * 20_000 + "x",
+        " " * 60_000 + "x",
+        "{" + " " * 20_000 + '"name"',
+        "```" + "a" * 20_000,
+        '{"name": "f"}' + "} " * 10_000,
+    ],
+    ids=range(5),
+)
+def test_a_flood_takes_no_time(answer: str) -> None:
+    started_s = time.process_time()
+    whole, by_character = found(answer), found(*answer)
+    assert whole == by_character
+    assert time.process_time() - started_s < 2  # 0.1 s; it was minutes when white space was tried twice

@@ -8,11 +8,12 @@ import pytest
 from fake_server import CHAT, LiveServer, events
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from cabochon.engine.errors import BadSampling
 from cabochon.engine.sampling_params import Grammar
 from cabochon.server.chat import GEMMA_TEMPLATE, ChatTemplate
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import CalledFunction, Message, ToolCall
-from cabochon.server.tools import Function, ToolUse, calls_text, tool_use
+from cabochon.server.tools import Function, ToolUse, arguments_value, calls_text, tool_use
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 WEATHER = Function(
@@ -63,7 +64,9 @@ def allows(grammar: Grammar | None, text: str) -> bool:
 
 def use(choice: str = "auto", *, is_parallel: bool = True, is_strict: bool = False) -> ToolUse:
     weather = WEATHER.model_copy(update={"strict": is_strict})
-    return ToolUse(functions=(weather, NOW), choice=choice, is_parallel=is_parallel)
+    named = None if choice in ("auto", "required") else choice
+    mode: Any = choice if named is None else "named"
+    return ToolUse(functions=(weather, NOW), choice=mode, named=named, is_parallel=is_parallel)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,7 @@ def test_nothing_binds_an_answer_that_need_not_call() -> None:
         (f"[{OSLO}, {TIME}]", True), (f"[{OSLO}, {PARIS}]", False),
         ("It is fine.", True), ('{"title": 5}', True), ("[1]", True), (f"I say {PARIS}", True),
         ('{"name": "other", "parameters": {}}', False), (f" {PARIS}", False), (f"```json\n{PARIS}", False),
+        (f"<tool_call>{PARIS}", False), (f"[{PARIS}]", False),
     ],
 )  # fmt: skip
 def test_a_strict_function_binds_its_calls_and_no_other_text(text: str, is_allowed: bool) -> None:
@@ -122,10 +126,14 @@ def test_a_schema_of_the_answer_leaves_room_for_calls(text: str, is_allowed: boo
     assert grammar.param == "response_format"
 
 
-@pytest.mark.parametrize("choice", ["other", "required", "now"])
-def test_a_choice_without_its_function_is_refused(choice: str) -> None:
+@pytest.mark.parametrize(
+    ("functions", "choice", "named"), [([], "required", None), ([WEATHER], None, "other"), ([], None, "now")]
+)
+def test_a_choice_without_its_function_is_refused(
+    functions: list[Function], choice: Any, named: str | None
+) -> None:
     with pytest.raises(ApiError):
-        tool_use([WEATHER] if choice == "other" else [], choice, is_parallel=True)
+        tool_use(functions, choice, named=named)
 
 
 def message(role: Any, content: str | None = None, **fields: Any) -> Message:
@@ -254,3 +262,65 @@ def test_the_grammar_of_required_calls_reaches_the_engine(echo: LiveServer) -> N
     grammar = echo.engine.seen[0].params.grammar
     assert grammar is not None
     assert (grammar.kind, grammar.param) == ("json_schema", "tools")
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "required"])
+def test_a_function_may_have_the_name_of_a_keyword(name: str) -> None:
+    given = tool_use([Function(name=name), NOW], None, named=name)
+    assert given is not None
+    grammar = given.grammar(None)
+    assert allows(grammar, TIME.replace("now", name))
+    assert not allows(grammar, TIME)
+
+
+def test_a_model_that_repeats_itself_comes_to_an_end() -> None:
+    grammar = use("required").grammar(None)
+    assert allows(grammar, f"[{', '.join([TIME] * 4)}]")
+    assert not allows(grammar, f"[{', '.join([TIME] * 5)}]")
+
+
+ONE = {"const": 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$id": "https://a.b/c", "properties": {"a": {"$ref": "#/$defs/c"}}, "$defs": {"c": ONE}},
+        {"properties": {"a": {"$ref": "#/definitions/default"}}, "definitions": {"default": ONE}},
+        {"properties": {"a": {"$ref": "#/definitions/properties"}}, "definitions": {"properties": ONE}},
+        {"properties": {"a": {"anyOf": [{"$ref": "#"}, {"const": 1}]}}},
+        {"type": ["object"], "properties": {"a": {"const": 1}}},
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_references_hold_where_the_schema_is_put(schema: dict[str, Any]) -> None:
+    bound = {**schema, "required": ["a"], "additionalProperties": False}
+    given = tool_use([Function(name="f", parameters=bound)], "required")
+    assert given is not None
+    assert allows(given.grammar(None), '{"name": "f", "parameters": {"a": 1}}')
+    assert not allows(given.grammar(None), '{"name": "f", "parameters": {"a": 2}}')
+
+
+@pytest.mark.parametrize("fields", [{"is_strict": True}, {"is_parallel": False}], ids=str)
+def test_any_object_as_an_answer_would_pass_for_a_call(fields: dict[str, bool]) -> None:
+    with pytest.raises(ApiError, match="response_format must not be json_object beside strict functions"):
+        use(**fields).grammar({"type": "object"})
+    assert use().grammar({"type": "object"}) is not None
+
+
+def test_a_schema_that_is_too_large_is_refused_before_it_is_moved() -> None:
+    huge = Function(name="f", parameters={"properties": {"a": {"enum": list(range(100_000))}}})
+    with pytest.raises(BadSampling, match="tools must be of at most 262144 characters"):
+        ToolUse(functions=(huge,), choice="required", is_parallel=True).grammar(None)
+
+
+def test_arguments_too_deep_for_a_template_stay_text() -> None:
+    deep = '{"a":' * 200 + "1" + "}" * 200
+    assert arguments_value(deep) == deep
+    assert ChatTemplate(NATIVE, SPECIAL).render([called(("1", "get_weather", deep))])
+
+
+def test_a_call_that_a_stop_string_cuts_is_not_told_as_whole(echo: LiveServer) -> None:
+    choice = echo.post(CHAT, chat_body(OSLO, stop=["Os"])).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+    assert choice["finish_reason"] == "stop"

@@ -1,0 +1,36 @@
+"""A test whose tool is absent is skipped with the reason, and fails where all must run."""
+
+import sys
+from typing import Any
+
+import pytest
+from tools import need_package, need_program
+
+ABSENT = [(need_package, "no_such_package", "make clients"), (need_program, "no-such-program", "run `make")]
+
+
+def test_a_program_is_found_by_path_or_name() -> None:
+    assert need_program("nothing-of-this-name", sys.executable) == sys.executable
+    assert need_program("sh", "/nowhere/sh").endswith("/sh")
+
+
+def test_a_package_that_is_there_is_given() -> None:
+    assert need_package("json").loads("[1]") == [1]
+
+
+@pytest.mark.parametrize(("need", "name", "remedy"), ABSENT)
+def test_without_its_tool_a_test_skips_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, need: Any, name: str, remedy: str
+) -> None:
+    monkeypatch.delenv("CABOCHON_TEST_ALL", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=f"{name} is not installed: {remedy}"):
+        need(name)
+
+
+@pytest.mark.parametrize(("need", "name", "remedy"), ABSENT)
+def test_where_all_must_run_it_fails(
+    monkeypatch: pytest.MonkeyPatch, need: Any, name: str, remedy: str
+) -> None:
+    monkeypatch.setenv("CABOCHON_TEST_ALL", "1")
+    with pytest.raises(pytest.fail.Exception, match=f"{name} is not installed: {remedy}"):
+        need(name)
