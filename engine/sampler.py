@@ -120,7 +120,7 @@ class Sampler:
         if not len(ids):
             return
         values = exact(row_of, ids)
-        for row in row_of.unique().tolist():
+        for row in sorted(set(row_of.tolist())):
             mine = row_of == row
             token_ids[row] = ids[mine][values[mine].argmax()]
 
