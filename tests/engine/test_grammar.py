@@ -101,6 +101,26 @@ def test_a_grammar_survives_preemption(tiny_gemma2_dir: Path, llm: LLM) -> None:
     assert [a.token_ids for a in answers] == [a.token_ids for a in run(llm, schema(PERSON), count=8)]
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"type": "integer"}, "1" * 20),
+        ({"type": "array", "items": {"type": "number"}, "minItems": 1}, "[" + "1" * 20),
+        ({"type": "string", "minLength": 40, "maxLength": 40}, '"' + "1" * 40 + '"'),
+        ({"type": "string", "format": "time"}, '"11:11:11.111111111'),
+        ({"const": {"format": "time"}}, '{"format": "time"}'),
+    ],
+    ids=str,
+)
+def test_digits_end_where_something_else_may_follow(llm: LLM, content: object, text: str) -> None:
+    one, dot = llm.tokenizer.token_to_id("1"), llm.tokenizer.token_to_id(".")
+    params = SamplingParams(max_tokens=60, logit_bias={one: 100.0, dot: 50.0}, grammar=schema(content))
+    (answer,) = llm.generate([[8, 9]], params)
+    dense = answer.text.replace("\n", "").replace(" ", "")
+    assert dense.startswith(text.replace(" ", "")), answer.text
+    assert not dense.startswith(text + "1")
+
+
 BAD = [
     (schema({"type": "nope"}), "response_format must be one that can be followed"),
     (schema({"$ref": "#"}), "response_format must"),
