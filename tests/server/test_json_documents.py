@@ -1,8 +1,9 @@
-"""Generated documents against their schemas, as a client gets them: valid by another's judgement, and ended."""
+"""Generated documents against their schemas, as clients get them: valid to another judge, and ended."""
 
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from jsonschema import Draft202012Validator
 from real_server import RealServer
 
 STREAMS = 16
-MAX_TOKENS = 512
 QUICK = ("person", "numbers", "references", "unicode names", "any of")
 
 
-async def generate(server: RealServer, names: list[str], each: int) -> list[tuple[str, str, str]]:
+async def generate(
+    server: RealServer, names: Iterable[str], each: int, max_tokens: int
+) -> list[tuple[str, str, str]]:
     """Name of the schema, finish reason and text, of `each` documents a schema."""
     slots = asyncio.Semaphore(STREAMS)
     async with server.async_client() as client:
@@ -28,7 +30,7 @@ async def generate(server: RealServer, names: list[str], each: int) -> list[tupl
                     prompt=f"A JSON document, {name}: ",
                     temperature=1,
                     seed=seed,
-                    max_tokens=MAX_TOKENS,
+                    max_tokens=max_tokens,
                     stream=True,
                     extra_body={"structured_outputs": {"json": SCHEMAS[name]}},
                 )
@@ -59,10 +61,10 @@ def test_the_schemas_themselves_are_valid() -> None:
 def test_a_few_documents_of_a_random_model_are_valid(tiny_gemma2_dir: Path) -> None:
     options: dict[str, Any] = {"dtype": "fp32", "kv_cache_gib": 0.05, "page_tokens": 4}
     with RealServer(tiny_gemma2_dir, served_model_name="demo", **options) as server:
-        check(asyncio.run(generate(server, list(QUICK), each=4)))
+        check(asyncio.run(generate(server, QUICK, each=4, max_tokens=450)))
 
 
 @pytest.mark.slow
 def test_two_hundred_documents_of_twenty_schemas_are_valid() -> None:
     with RealServer("demo") as server:
-        check(asyncio.run(generate(server, list(SCHEMAS), each=10)))
+        check(asyncio.run(generate(server, SCHEMAS, each=10, max_tokens=512)))
