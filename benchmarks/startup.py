@@ -1,12 +1,15 @@
-"""Time from `cabochon serve` to the first 200 of /health, and the memory of its two processes.
+"""Time from `cabochon serve` to the first 200 of /health, and the memory of its processes.
 
     python benchmarks/startup.py --model demo --rounds 5 --out FILE
 
 A row is one start, page cache warm after the first (dropped) one. `peak_over_resident` compares the engine's
-peak with what it holds once ready: loading must not need much more than the model itself.
+peak with what it holds once ready: loading must not need much more than the model itself. A plain stream and
+a structured request are sent as soon as it is ready: `structured_s` is the time to that answer (one of two
+words), `longest_gap_ms` the longest time between two tokens of the stream, `usual_gap_ms` the median.
 """
 
 import argparse
+import itertools
 import signal
 import statistics
 import subprocess
@@ -14,8 +17,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 from offline import emit, environment
 
@@ -54,16 +59,42 @@ def memory(pid: int) -> dict[str, int]:
     return {"resident_bytes": int(values["VmRSS"]) * 1024, "peak_bytes": int(values["VmHWM"]) * 1024}
 
 
+def first_answers(port: int) -> dict[str, float]:
+    """A stream and a structured request at once, the first that the server gets."""
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    plain = {"prompt": "The opal", "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
+    bound = {"prompt": "Opal is", "structured_outputs": {"choice": ["blue", "red"]}}
+
+    def stream() -> list[float]:
+        with httpx.Client(timeout=60) as http, http.stream("POST", url, json=plain) as answer:
+            return [time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {")]
+
+    with ThreadPoolExecutor() as pool:
+        arrivals = pool.submit(stream)
+        started_s = time.perf_counter()
+        assert httpx.post(url, json=bound, timeout=60).json()["choices"][0]["text"] in ("blue", "red")
+        structured_s = time.perf_counter() - started_s
+    gaps_s = [after - before for before, after in itertools.pairwise(arrivals.result())]
+    return {
+        "structured_s": round(structured_s, 2),
+        "longest_gap_ms": round(max(gaps_s) * 1000),
+        "usual_gap_ms": round(statistics.median(gaps_s) * 1000),
+    }
+
+
 def measure(args: argparse.Namespace) -> dict[str, float]:
     process, ready_s = start(args)
     try:
         (engine,) = psutil.Process(process.pid).children()
         held = memory(engine.pid)
+        answers = first_answers(args.port)
         return {
             "ready_s": round(ready_s, 2),
+            **answers,
             "engine_resident_mib": held["resident_bytes"] >> 20,
             "peak_over_resident": round(held["peak_bytes"] / held["resident_bytes"], 3),
             "server_resident_mib": memory(process.pid)["resident_bytes"] >> 20,
+            "grammar_resident_mib": memory(engine.children()[0].pid)["resident_bytes"] >> 20,
         }
     finally:
         process.send_signal(signal.SIGTERM)

@@ -21,11 +21,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from cabochon.engine.errors import BadGrammar
-from cabochon.engine.grammar import compile_grammar, read_tokenizer, reason
+from cabochon.engine.grammar import DigitRun, Vocabulary, compile_grammar, read_vocabulary, reason
 from cabochon.engine.grammar_wire import Ask, Order, Reply, Told, encode_reply, read_grammar, take_orders
 from cabochon.engine.sampling_params import Grammar
 
@@ -47,36 +48,27 @@ def main() -> None:
     signal.signal(
         signal.SIGCHLD, signal.SIG_IGN
     )  # nobody waits for them: the engine sees their sockets close
-    tokenizer = _read_aside(Path(setup["model_dir"]), setup["vocab_size"], setup["eos_ids"])
+    vocabulary = _read(Path(setup["model_dir"]), setup["vocab_size"], setup["eos_ids"])
     mask_bytes = setup["mask_bytes"]
     with contextlib.suppress(EOFError, ConnectionResetError):
         while True:
             sock, grammar_fd = _next(control)
             if os.fork() == 0:
                 control.close()
-                _Follower(sock, tokenizer, int(sys.argv[2]), mask_bytes).run(read_grammar(grammar_fd))
+                _Follower(sock, vocabulary, int(sys.argv[2]), mask_bytes).run(read_grammar(grammar_fd))
                 os._exit(0)
             sock.close()
             os.close(grammar_fd)
 
 
-def _read_aside(model_dir: Path, vocab_size: int, eos_ids: list[int]) -> LLTokenizer:
-    """With a low priority, which only its thread has: the model loads meanwhile."""
-    found: list[LLTokenizer] = []
-
-    def read() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        found.append(read_tokenizer(model_dir, vocab_size, eos_ids))
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    thread.join()
+def _read(model_dir: Path, vocab_size: int, eos_ids: list[int]) -> Vocabulary:
+    """With the normal priority: a lower one starves while others generate, and the first request waits."""
+    vocabulary = read_vocabulary(model_dir, vocab_size, eos_ids)
     gc.collect()
     with contextlib.suppress(AttributeError):  # glibc's alone; 0.1 GB
         ctypes.CDLL(None).malloc_trim(0)
     gc.freeze()  # or a collection in a child would write to, and so copy, what is shared
-    (tokenizer,) = found
-    return tokenizer
+    return vocabulary
 
 
 def _next(control: socket.socket) -> tuple[socket.socket, int]:
@@ -87,16 +79,22 @@ def _next(control: socket.socket) -> tuple[socket.socket, int]:
     return socket.socket(fileno=fds[0]), fds[1]
 
 
+class _Place(NamedTuple):
+    matcher: LLMatcher
+    digits: DigitRun | None  # of JSON
+
+
 class _Follower:
     """One grammar, and the outputs that it binds, each in a slot."""
 
-    def __init__(self, sock: socket.socket, tokenizer: LLTokenizer, masks_fd: int, mask_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, vocabulary: Vocabulary, masks_fd: int, mask_bytes: int) -> None:
         self._sock = sock
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._masks = mmap.mmap(masks_fd, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._masks))
         self._mask_bytes = mask_bytes
-        self._matchers: dict[int, LLMatcher] = {}
+        self._places: dict[int, _Place] = {}  # by slot
+        self._is_json = False
         self._busy: set[int] = set()  # slots whose mask is being filled
         self._dropped: set[int] = set()  # of those
         self._lock = threading.Lock()  # of these sets, the timer and the socket
@@ -104,6 +102,7 @@ class _Follower:
 
     def run(self, grammar: Grammar) -> None:
         """Until the engine closes the socket."""
+        self._is_json = grammar.kind == "json_schema"
         threading.stack_size(STACK_BYTES)
         _limit_memory((THREADS + 1) * STACK_BYTES + MEMORY_BYTES)
         signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_S)  # the default action ends the process
@@ -129,7 +128,7 @@ class _Follower:
     def _compile(self, grammar: Grammar) -> None:
         reply = None
         try:
-            self._first = compile_grammar(self._tokenizer, grammar)
+            self._first = compile_grammar(self._vocabulary, grammar)
             reply = Reply(Told.COMPILED)
         except BadGrammar as error:
             reply = Reply(Told.REFUSED, reason=str(error))
@@ -158,21 +157,32 @@ class _Follower:
     def _begin(self, slot: int, _: int) -> None:
         assert self._first is not None, "begun before it was compiled"
         matcher, mask = self._first
-        self._matchers[slot] = matcher.deep_copy()
+        self._places[slot] = _Place(matcher.deep_copy(), DigitRun() if self._is_json else None)
         start = slot * self._mask_bytes
         self._masks[start : start + len(mask)] = mask
         self._done(Reply(Told.MASKED, slot))
 
     def _advance(self, slot: int, token_id: int) -> None:
-        matcher = self._matchers[slot]
+        matcher, digits = self._places[slot]
         matcher.consume_token(token_id)
         if matcher.is_stopped() and not matcher.is_error():
             self._done(Reply(Told.COMPLETE, slot))
             return
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(self._address + slot * self._mask_bytes, self._mask_bytes)
+            if digits is not None:
+                digits.feed(self._vocabulary.trie.decode_bytes([token_id]))
+                if digits.is_full:
+                    self._forbid_digits(slot)
         is_good = not matcher.is_error()
         self._done(Reply(Told.MASKED, slot) if is_good else Reply(Told.FAILED, slot, reason(matcher)))
+
+    def _forbid_digits(self, slot: int) -> None:
+        """Unless nothing else may follow."""
+        place = slice(slot * self._mask_bytes, (slot + 1) * self._mask_bytes)
+        allowed = int.from_bytes(self._masks[place], "little") & ~self._vocabulary.digits
+        if allowed:
+            self._masks[place] = allowed.to_bytes(self._mask_bytes, "little")
 
     def _done(self, reply: Reply) -> None:
         with self._lock:
@@ -187,7 +197,7 @@ class _Follower:
     def _drop(self, slot: int) -> None:
         with self._lock:
             self._dropped.discard(slot)
-        self._matchers.pop(slot, None)
+        self._places.pop(slot, None)
         self._tell(Reply(Told.DROPPED, slot))
 
     def _tell(self, reply: Reply) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,6 +27,11 @@ PERSON = {
 }
 
 
+OPTIONS: dict[str, Any] = {
+    "dtype": "fp32", "page_tokens": 4, "max_seqs": 16, "step_tokens": 32, "threads": 1,
+}  # fmt: skip
+
+
 def schema(content: object) -> Grammar:
     return Grammar(kind="json_schema", text=json.dumps(content), param="response_format")
 
@@ -36,9 +42,7 @@ def regex(text: str) -> Grammar:
 
 @pytest.fixture(scope="module")
 def llm(tiny_gemma2_dir: Path) -> LLM:
-    return LLM(
-        str(tiny_gemma2_dir), dtype="fp32", page_tokens=4, kv_cache_gib=0.01, max_seqs=16, step_tokens=32
-    )
+    return LLM(str(tiny_gemma2_dir), kv_cache_gib=0.01, **OPTIONS)
 
 
 def run(llm: LLM, grammar: Grammar, count: int = 4, **params: object) -> list[Completion]:
@@ -94,11 +98,30 @@ def test_tokens_are_the_same_alone_and_among_others(llm: LLM) -> None:
 
 
 def test_a_grammar_survives_preemption(tiny_gemma2_dir: Path, llm: LLM) -> None:
-    options = {"page_tokens": 4, "max_model_len": 160, "max_seqs": 16, "step_tokens": 32}
-    small = LLM(str(tiny_gemma2_dir), dtype="fp32", kv_cache_gib=0.00012, **options)
+    small = LLM(str(tiny_gemma2_dir), kv_cache_gib=0.00012, max_model_len=160, **OPTIONS)
     answers = run(small, schema(PERSON), count=8)
     assert small.core.stats().preemptions > 0
     assert [a.token_ids for a in answers] == [a.token_ids for a in run(llm, schema(PERSON), count=8)]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"type": "integer"}, "1" * 20),
+        ({"type": "array", "items": {"type": "number"}, "minItems": 1}, "[" + "1" * 20),
+        ({"type": "string", "minLength": 40, "maxLength": 40}, '"' + "1" * 40 + '"'),
+        ({"type": "string", "format": "time"}, '"11:11:11.111111111'),
+        ({"const": {"format": "time"}}, '{"format": "time"}'),
+    ],
+    ids=str,
+)
+def test_digits_end_where_something_else_may_follow(llm: LLM, content: object, text: str) -> None:
+    one, dot = llm.tokenizer.token_to_id("1"), llm.tokenizer.token_to_id(".")
+    params = SamplingParams(max_tokens=60, logit_bias={one: 100.0, dot: 50.0}, grammar=schema(content))
+    (answer,) = llm.generate([[8, 9]], params)
+    dense = answer.text.replace("\n", "").replace(" ", "")
+    assert dense.startswith(text.replace(" ", "")), answer.text
+    assert not dense.startswith(text + "1")
 
 
 BAD = [
