@@ -63,6 +63,6 @@ def test_what_the_document_allows_is_answered(case: Any, shared: LiveServer) -> 
 
 @pytest.mark.slow
 @api.parametrize()
-@settings(**{**QUICK, "max_examples": 200})
+@settings(**{**QUICK, "max_examples": 40})
 def test_much_of_what_the_document_allows_is_answered(case: Any, shared: LiveServer) -> None:
     case.call_and_validate(base_url=shared.url, checks=CHECKS)
