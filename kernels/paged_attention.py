@@ -229,3 +229,41 @@ def _sum_tiles(p: Tensor, v: Tensor, key_tile: int) -> tuple[Tensor, Tensor]:
         tile = slice(start, start + key_tile)
         total, acc = total + p[..., tile].sum(-1), acc + torch.bmm(padded[..., tile], v[:, tile])
     return total, acc
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """The GPU kernels' definition, in q's own precision: .double() for the truth, else for the error budget.
+
+    q: [T, Hq, D]. k_pages, v_pages: [N, P, Hkv, D], with k_scales, v_scales: [N, P, Hkv] or without; page 0
+    must be zero. page_table: [S, M] int32. cu_seqlens_q: [S + 1] int32. seq_lens: [S] int32. Returns
+    [T, Hq, D] in q's dtype.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    if k_scales is not None and v_scales is not None:
+        k_pages = k_pages.to(compute) * k_scales[..., None].to(compute)
+        v_pages = v_pages.to(compute) * v_scales[..., None].to(compute)
+    lens = np.diff(cu_seqlens_q.numpy())
+    sections = plan_sections(
+        seq_lens.numpy() - lens,
+        lens,
+        0,
+        page_table.numpy(),
+        page_tokens=k_pages.shape[1],
+        num_kv_heads=k_pages.shape[2],
+        head_dim=k_pages.shape[3],
+        window=window,
+    )
+    return paged_attention(q, k_pages, v_pages, sections, scale=scale, softcap=softcap)
