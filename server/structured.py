@@ -90,7 +90,8 @@ class StructuredOutputs(Strict):
                 return Grammar(kind="regex", text=value)
             case "choice":
                 words = " | ".join(msgspec.json.encode(word).decode() for word in value)
-                return Grammar(kind="lark", text=f"start: {words}")
+                # One terminal: as alternatives of a rule, 2,000 of them are too many
+                return Grammar(kind="lark", text=f"start: CHOICE\nCHOICE: {words}")
         return Grammar(kind="lark_or_gbnf", text=value)
 
 

@@ -29,7 +29,11 @@ SCHEMA = {"type": "object", "properties": {"a": {"enum": [None, 1]}}, "required"
         ({"structured_outputs": {"json": '{"type": "null"}'}}, "json_schema", '{"type": "null"}'),
         ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type":"object"}'),
         ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
-        ({"structured_outputs": {"choice": ["a", 'b"c\n']}}, "lark", 'start: "a" | "b\\"c\\n"'),
+        (
+            {"structured_outputs": {"choice": ["a", 'b"c\n']}},
+            "lark",
+            'start: CHOICE\nCHOICE: "a" | "b\\"c\\n"',
+        ),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark_or_gbnf", 'start: "a"'),
     ],
     ids=range(8),
@@ -79,6 +83,21 @@ def test_openais_parse_helper_gets_an_object(client: openai.OpenAI) -> None:
     for choice in answer.choices:
         assert choice.finish_reason == "stop"
         assert isinstance(choice.message.parsed, Gem)
+
+
+def test_choices_may_be_thousands_and_start_alike(client: openai.OpenAI) -> None:
+    words = [f"{number}" for number in range(5000)]
+    answers = client.completions.create(
+        model=client.models.list().data[0].id,
+        prompt="hello",
+        max_tokens=20,
+        seed=0,
+        n=8,
+        extra_body={"structured_outputs": {"choice": words}},
+    )
+    texts = {choice.text for choice in answers.choices}
+    assert texts <= set(words)
+    assert len(texts) > 1
 
 
 def test_a_stream_follows_a_choice(client: openai.OpenAI) -> None:
