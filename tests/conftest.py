@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,15 @@ from random_gemma import random_gemma2, random_gemma3
 from tiny_tokenizer import tiny_tokenizer
 
 from cabochon.engine.models.source import locate
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> Iterator[None]:
+    """For every test that runs a kernel: from its first one to the end of the session."""
+    from triton_interpreter import repaired  # loads triton, which most tests do without
+
+    with repaired():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ def engine(directory: Path, backend: str) -> LLM:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("model", ["tiny_gemma2_dir", "tiny_gemma3_dir"])
 def test_chunks_hits_decodes_and_windows_give_the_tokens_of_the_torch_backend(
     request: pytest.FixtureRequest, model: str
