@@ -1,6 +1,5 @@
 """The sampling kernels against the CPU engine's sampler: the same rows, the same logits, the same tokens."""
 
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from guarded import far_apart
 
+from cabochon.engine.grammars import State
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
@@ -24,13 +24,28 @@ CAP = 30.0
 GREEDY = SamplingParams(temperature=0)
 
 
+class ReadyMatcher:
+    """A grammar whose next mask is there."""
+
+    state = State.READY
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self._mask = mask
+
+    def wait(self, _until_s: float) -> bool:
+        return True
+
+    def mask(self) -> np.ndarray:
+        return self._mask.copy()
+
+
 def row_sampling(request: Request) -> RowSampling:
     p = request.message.params
     return RowSampling(
         temperature=0.0 if p.is_greedy else p.temperature,
         top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, seed=p.seed, repetition=p.repetition_penalty,
         presence=p.presence_penalty, frequency=p.frequency_penalty, bias=p.logit_bias,
-        min_tokens=p.min_tokens, stop_ids=request.stop_ids, has_grammar=request.mask is not None,
+        min_tokens=p.min_tokens, stop_ids=request.stop_ids, has_grammar=request.matcher is not None,
         wants_logprobs=p.logprobs is not None,
     )  # fmt: skip
 
@@ -59,14 +74,13 @@ class World:
             message = GenerateRequest(request_id=str(index), prompt_ids=PROMPT, params=each)
             request = Request(message, index, 60, STOP, PROMPT)
             if masks and index in masks:
-                request.mask = Future()
-                request.mask.set_result(masks[index])
+                request.matcher = ReadyMatcher(masks[index])  # type: ignore[assignment]
             request.row = self.rows.take([*PROMPT, *output], len(PROMPT))
             self.sampler.set_row(request)
             self.state.set_row(
                 request.row, row_sampling(request), np.array(PROMPT), np.array(output, np.int64)
             )
-            if request.mask is not None:
+            if request.matcher is not None:
                 bits = np.zeros(-(-V // 32) * 32, np.bool_)
                 bits[:V] = masks[index]
                 packed = np.packbits(bits, bitorder="little").view(np.int32)
