@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
 from cabochon.kernels.noise import gumbel, noise_key
 from cabochon.kernels.sampling_state import BOUND, GRAMMAR, GREEDY, LOGPROBS, TRUNCATED, SamplingState
 from cabochon.kernels.scores import open_row, read_logits, scored, softcapped
@@ -26,8 +27,8 @@ from cabochon.kernels.truncation import MASS_UNIT, best_of, draw_truncated
 MAX_TIES = tl.constexpr(64)
 NUM_ACTIVE = 64  # sub-tiles whose scores make the head of a truncated row
 
-BLOCK_PASS = 1024  # positions at once in a pass over a whole row: 2048 spills registers on sm_90
-ROW_WARPS = 16
+BLOCK_PASS = 1024  # positions at once in a pass over a whole row: more spills registers
+ROW_WARPS = 8  # 16 spill 8 bytes
 
 
 class Tiling(NamedTuple):
@@ -304,3 +305,24 @@ def _settle_ties(
                 num_seen += 1
                 token_id = tl.min(tl.where((x == best) & (ids > token_id), ids, 0x7FFFFFFF), axis=0)
     return chosen
+
+
+def compile_specs() -> list[CompileSpec]:
+    """A vocabulary of 256,000 in bf16, Gemma 2 with exact ties and Gemma 3 without."""
+    inputs = (
+        "*bf16", "*i32", "*fp32", "*fp64", "*i32", "*i64", "*i32", "*i32", "*i32", "*i32", "*fp32", "*i32",
+        "*i32", "*i32", "*i32", "i32", "i32", "i32", "fp32", "i32",
+    )  # fmt: skip
+    scratch = ("*fp32", "*i32", "*fp32")
+    tiles = (*inputs, *scratch, "i32", "i32")
+    rows = (*inputs, *scratch, "*i32", "*i32", "*i1", "*fp32", "*bf16", "*bf16", *["i32"] * 5)
+    tile, specs = Tiling(), []
+    for is_gemma2 in (True, False):
+        shared = {"HAS_CAP": is_gemma2, "BLOCK_V": tile.vocab_tile, "SUB": tile.sub}
+        specs += on_every_sm(_tile_kernel, tiles, 8, shared, has_fp_fusion=False)
+        own = {
+            "HAS_EXACT": is_gemma2, "NUM_ACTIVE": NUM_ACTIVE, "BLOCK_PASS": BLOCK_PASS, "BLOCK_T": 256,
+            "BLOCK_SUBS": 8192, "BLOCK_E": 4096 if is_gemma2 else 1,
+        }  # fmt: skip
+        specs += on_every_sm(_row_kernel, rows, ROW_WARPS, shared | own, has_fp_fusion=False)
+    return specs

@@ -44,7 +44,7 @@ def mass_of(scores, highest):
 def largest_key(keys, weights, wanted, low, high):
     """The largest t in [low, high) such that the weights of keys ≥ t reach `wanted`; low if none does.
 
-    keys: int32, weights: int64, of one shape. wanted, low, high: int64 scalars.
+    keys: int32, weights: int32 or int64, of one shape. wanted, low, high: int64 scalars.
     """
     while high - low > 1:
         middle = low + (high - low) // 2
@@ -63,19 +63,20 @@ def largest_key_in_row(
     while high - low > 1:
         step = tl.maximum((high - low) // 4, 1)
         one, two, three = low + step, low + 2 * step, low + 3 * step
+        first, second, third = one.to(tl.int32), two.to(tl.int32), three.to(tl.int32)
         above_one = tl.zeros([BLOCK], tl.int64)
         above_two = tl.zeros([BLOCK], tl.int64)
         above_three = tl.zeros([BLOCK], tl.int64)
         for start in range(0, num_positions, BLOCK):
             _, scores = scores_at(start + tl.arange(0, BLOCK), row, HAS_CAP)
-            keys = order_key(scores).to(tl.int64)
+            keys = order_key(scores)
             if IS_MASS:
-                weights = tl.where(keys >= floor, mass_of(scores, highest), 0)
+                weights = tl.where(keys >= floor.to(tl.int32), mass_of(scores, highest), 0)
             else:
                 weights = tl.where(keys > KEY_OF_NOTHING, 1, 0).to(tl.int64)
-            above_one += tl.where(keys >= one, weights, 0)
-            above_two += tl.where(keys >= two, weights, 0)
-            above_three += tl.where(keys >= three, weights, 0)
+            above_one += tl.where(keys >= first, weights, 0)
+            above_two += tl.where(keys >= second, weights, 0)
+            above_three += tl.where(keys >= third, weights, 0)
         has_one = tl.sum(above_one, axis=0) >= wanted
         has_two = tl.sum(above_two, axis=0) >= wanted
         has_three = tl.sum(above_three, axis=0) >= wanted
@@ -98,10 +99,10 @@ def head_of_row(
     maxima = tl.load(sub_max_ptr + sub, mask=sub < num_subs, other=float("-inf"))
     keys = order_key(maxima)
     end = tl.max(keys, axis=0).to(tl.int64) + 1
-    ones = tl.full([BLOCK_SUBS], 1, tl.int64)
+    ones = tl.full([BLOCK_SUBS], 1, tl.int32)
     lowest = largest_key(keys, ones, NUM_ACTIVE + 1, tl.full([], SMALLEST_KEY, tl.int64), end) + 1
     lowest = tl.maximum(lowest, KEY_OF_NOTHING + 1)
-    is_active = keys.to(tl.int64) >= lowest
+    is_active = keys >= lowest.to(tl.int32)
     place = tl.cumsum(is_active.to(tl.int32), axis=0) - 1
     tl.store(active_ptr + place, sub, mask=is_active)
     tl.debug_barrier()  # other threads of this program read what these wrote
@@ -111,7 +112,7 @@ def head_of_row(
     p = active[:, None] * SUB + tl.arange(0, SUB)[None, :]  # [NUM_ACTIVE, SUB]
     p = tl.reshape(tl.where(is_taken[:, None], p, -1), [NUM_ACTIVE * SUB])
     ids, scores = scores_at(tl.maximum(p, 0), row, HAS_CAP)
-    in_head = (p >= 0) & (order_key(scores).to(tl.int64) >= lowest)
+    in_head = (p >= 0) & (order_key(scores) >= lowest.to(tl.int32))
     return lowest, ids, tl.where(in_head, scores, float("-inf"))
 
 
@@ -126,13 +127,13 @@ def threshold_of_row(
     """
     keys = order_key(scores)
     has_all = lowest == KEY_OF_NOTHING + 1
-    in_head = keys.to(tl.int64) >= lowest
+    in_head = keys >= lowest.to(tl.int32)
     end = order_key(highest).to(tl.int64) + 1
     floor = tl.full([], KEY_OF_NOTHING, tl.int64)
     if (top_k > 0) & (top_k < row[11]):
         k = top_k.to(tl.int64)
-        count = in_head.to(tl.int64)
-        if (tl.sum(count, axis=0) >= k) | has_all:
+        count = in_head.to(tl.int32)
+        if (tl.sum(count, axis=0) >= top_k) | has_all:
             floor = largest_key(keys, count, k, floor, end)
         else:
             floor = largest_key_in_row(
@@ -140,7 +141,7 @@ def threshold_of_row(
             )
     threshold = floor
     if top_p < 1.0:
-        kept = keys.to(tl.int64) >= floor
+        kept = keys >= floor.to(tl.int32)
         masses = tl.where(in_head & kept, mass_of(scores, highest), 0)
         head = tl.sum(masses, axis=0)
         if floor > KEY_OF_NOTHING:
@@ -191,7 +192,7 @@ def _mass_in_row(row, floor, highest, num_positions, HAS_CAP: tl.constexpr, BLOC
     masses = tl.zeros([BLOCK], tl.int64)
     for start in range(0, num_positions, BLOCK):
         _, scores = scores_at(start + tl.arange(0, BLOCK), row, HAS_CAP)
-        masses += tl.where(order_key(scores).to(tl.int64) >= floor, mass_of(scores, highest), 0)
+        masses += tl.where(order_key(scores) >= floor.to(tl.int32), mass_of(scores, highest), 0)
     return tl.sum(masses, axis=0)
 
 

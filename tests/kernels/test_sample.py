@@ -271,6 +271,15 @@ def test_logprobs_are_the_engines(params: SamplingParams, softcap: float | None)
         assert out.logprobs[index].item() == pytest.approx(expected, abs=2e-5)
 
 
+def test_positions_past_the_vocabulary_have_no_share_of_the_logprobs() -> None:
+    """Under the cap they would weigh as much as tokens of the lowest logit."""
+    params = SamplingParams(temperature=0, logprobs=0)
+    world = World(params, V=600, softcap=CAP)
+    logits = noise(1, 600) - 300
+    expected = world.engine(logits).logprobs[world.row_ids[0]].logprob
+    assert world.kernel(logits).logprobs[0].item() == pytest.approx(expected, abs=2e-5)
+
+
 def test_strided_logits_with_nan_around_them() -> None:
     world = World(GREEDY, SamplingParams(top_k=9), SamplingParams(), V=1000)
     logits = noise(3, 1000)
