@@ -35,6 +35,7 @@ class CompileSpec:
     num_warps: int
     num_stages: int
     unaligned: frozenset[str] = field(default=frozenset())
+    has_fp_fusion: bool = True  # fused multiply-adds
 
 
 class Compiled(NamedTuple):
@@ -47,6 +48,30 @@ class Compiled(NamedTuple):
     stack_bytes: int
     has_wgmma: bool
     has_async_copy: bool
+
+
+def on_every_sm(
+    kernel: Any,
+    types: tuple[str | None, ...],
+    num_warps: int,
+    constants: Mapping[str, Any],
+    *,
+    has_fp_fusion: bool = True,
+) -> list[CompileSpec]:
+    """Specs of a kernel whose configuration is the same on every GPU."""
+    return [
+        CompileSpec(
+            name=f"{kernel.__name__} {dict(constants)}",
+            kernel=kernel,
+            sm=sm,
+            types=types,
+            constants=constants,
+            num_warps=num_warps,
+            num_stages=3,  # Triton's default
+            has_fp_fusion=has_fp_fusion,
+        )
+        for sm in SHARED_BYTES
+    ]
 
 
 def compile_spec(spec: CompileSpec) -> Compiled:
@@ -64,7 +89,11 @@ def compile_spec(spec: CompileSpec) -> Compiled:
         if kind[0] in "*i" and name not in spec.unaligned:
             attributes[(spec.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, constants, attributes)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": spec.num_warps,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": spec.has_fp_fusion,
+    }
     binary = triton.compile(source, target=GPUTarget("cuda", spec.sm, 32), options=options)
     registers, stack_bytes = _resources(binary.asm["cubin"])
     ptx = binary.asm["ptx"]

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cabochon.kernels import definitions
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
 from cabochon.kernels.rms_norm import check_rows, check_weight, normalized, row_warps
 
 
@@ -70,3 +71,15 @@ def _embed_norm_kernel(
     weight = tl.load(weight_ptr + e, mask=valid, other=0.0)
     x = normalized(residual.to(tl.float32), weight, E, eps)
     tl.store(x_out_ptr + t * x_out_stride_t + e, x, mask=valid)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Rows of 2304 and 4608."""
+    types = ("*i64", "*bf16", "*fp32", "*bf16", "*bf16", *["i32"] * 5, "fp32", "fp32")
+    return [
+        spec
+        for E in (2304, 4608)
+        for spec in on_every_sm(
+            _embed_norm_kernel, types, row_warps(E), {"BLOCK_E": triton.next_power_of_2(E)}
+        )
+    ]

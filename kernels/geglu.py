@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
+
 BLOCK_F = 1024
 
 
@@ -45,3 +47,8 @@ def _geglu_kernel(gate_up_ptr, out_ptr, gate_up_stride_t, out_stride_t, F, BLOCK
     up = tl.load(row_ptr + F + f, mask=valid, other=0.0).to(tl.float32)
     activated = gelu_tanh(gate).to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + t * out_stride_t + f, activated * up, mask=valid)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The only configuration."""
+    return on_every_sm(_geglu_kernel, ("*bf16", "*bf16", *["i32"] * 3), 4, {"BLOCK_F": BLOCK_F})

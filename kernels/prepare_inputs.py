@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
+
 BLOCK_M = 128  # pages copied at once: 2048 tokens
 BLOCK_S = 256
 
@@ -150,3 +152,13 @@ def _append_kernel(
     fits = given & (num_tokens < max_len)
     tl.store(token_ids_ptr + row * token_ids_stride + num_tokens, token, mask=fits)
     tl.store(num_tokens_ptr + row, num_tokens + 1, mask=fits)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Both kernels."""
+    prepare = (*["*i32"] * 4, "*i64", "*i64", "*i32", "*i64", "*i32", *["i32"] * 6)
+    append = (*["*i32"] * 4, *["i32"] * 3)
+    return [
+        *on_every_sm(_prepare_kernel, prepare, 4, {"P": 16, "BLOCK_M": BLOCK_M}),
+        *on_every_sm(_append_kernel, append, 4, {"BLOCK_S": BLOCK_S}),
+    ]

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cabochon.kernels import definitions
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
 from cabochon.kernels.rms_norm import check_weight
 
 E4M3_MAX = 448.0
@@ -196,3 +197,19 @@ def _qkv_rope_write_kernel(
                 _write_head(low, high, k_pages_ptr + place, k_scales_ptr, scale_place, d, D, IS_FP8)
             else:
                 _write_head(low, high, v_pages_ptr + place, v_scales_ptr, scale_place, d, D, IS_FP8)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Gemma 2 9B's heads and Gemma 3 270M's, with bf16 and e4m3 pages."""
+    specs = []
+    for is_fp8 in (False, True):
+        pages, scales = ("*u8", "*fp32") if is_fp8 else ("*bf16", None)
+        for Hq, Hkv, has_norm in ((16, 8, False), (4, 1, True)):
+            norm = "*fp32" if has_norm else None
+            types = (
+                "*bf16", "*i64", "*fp32", "*fp32", "*i64", norm, norm, "*bf16", pages, pages, scales, scales,
+                *["i32"] * 8, "fp32",
+            )  # fmt: skip
+            constants = {"Hq": Hq, "Hkv": Hkv, "D": 256, "P": 16, "HAS_NORM": has_norm, "IS_FP8": is_fp8}
+            specs += on_every_sm(_qkv_rope_write_kernel, types, 1, constants)
+    return specs

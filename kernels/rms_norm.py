@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
+
 MAX_ROW = 8192
 
 
@@ -67,3 +69,13 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride_t, out_stride_t, E, ep
     x = tl.load(x_ptr + t * x_stride_t + e, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_E]
     weight = tl.load(weight_ptr + e, mask=valid, other=0.0)  # [BLOCK_E]
     tl.store(out_ptr + t * out_stride_t + e, normalized(x, weight, E, eps), mask=valid)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Rows of 2304 and 4608."""
+    types = ("*bf16", "*fp32", "*bf16", "i32", "i32", "i32", "fp32")
+    return [
+        spec
+        for E in (2304, 4608)
+        for spec in on_every_sm(_rms_norm_kernel, types, row_warps(E), {"BLOCK_E": triton.next_power_of_2(E)})
+    ]

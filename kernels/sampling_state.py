@@ -18,6 +18,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
+
 GREEDY = tl.constexpr(1)  # flags of a row
 BOUND = tl.constexpr(2)  # bias or penalties change its logits
 GRAMMAR = tl.constexpr(4)
@@ -195,3 +197,9 @@ def _note_kernel(
         word_ptr = entry_bits_ptr + row * bits_stride + token // 32
         tl.store(word_ptr, tl.load(word_ptr) | (1 << (token % 32)))
         tl.store(num_entries_ptr + row, num_entries + 1)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The only configuration."""
+    types = (*["*i32"] * 7, "*fp32", "*i32", *["i32"] * 3)
+    return on_every_sm(_note_kernel, types, 4, {"BLOCK": BLOCK_ENTRIES})

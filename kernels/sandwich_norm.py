@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cabochon.kernels import definitions
+from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
 from cabochon.kernels.rms_norm import check_rows, check_weight, normalized, row_warps
 
 
@@ -74,3 +75,19 @@ def _sandwich_norm_kernel(
         pre = tl.load(pre_ptr + e, mask=valid, other=0.0)
         x = normalized(total.to(tl.float32), pre, E, eps)
         tl.store(x_out_ptr + t * x_out_stride_t + e, x, mask=valid)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Rows of 2304 and 4608, with and without the second norm."""
+    types = ("*bf16", "*bf16", "*fp32", "*fp32", "*bf16", "*bf16", *["i32"] * 5, "fp32")
+    return [
+        spec
+        for E in (2304, 4608)
+        for has_pre in (True, False)
+        for spec in on_every_sm(
+            _sandwich_norm_kernel,
+            types,
+            row_warps(E),
+            {"HAS_PRE": has_pre, "BLOCK_E": triton.next_power_of_2(E)},
+        )
+    ]
