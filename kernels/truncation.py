@@ -56,10 +56,10 @@ def largest_key(keys, weights, wanted, low, high):
 
 @triton.jit
 def largest_key_in_row(
-    row, wanted, low, high, floor, highest, num_positions,
+    row, wanted, low, high, highest, num_positions,
     IS_MASS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """largest_key over the whole row: weights are masses of keys ≥ floor, or 1."""
+    """largest_key over the whole row: weights are masses, or 1 for what is not −inf."""
     while high - low > 1:
         step = tl.maximum((high - low) // 4, 1)
         one, two, three = low + step, low + 2 * step, low + 3 * step
@@ -71,7 +71,7 @@ def largest_key_in_row(
             _, scores = scores_at(start + tl.arange(0, BLOCK), row, HAS_CAP)
             keys = order_key(scores)
             if IS_MASS:
-                weights = tl.where(keys >= floor.to(tl.int32), mass_of(scores, highest), 0)
+                weights = mass_of(scores, highest)
             else:
                 weights = tl.where(keys > KEY_OF_NOTHING, 1, 0).to(tl.int64)
             above_one += tl.where(keys >= first, weights, 0)
@@ -136,9 +136,7 @@ def threshold_of_row(
         if (tl.sum(count, axis=0) >= top_k) | has_all:
             floor = largest_key(keys, count, k, floor, end)
         else:
-            floor = largest_key_in_row(
-                row, k, floor, lowest, floor, highest, num_positions, False, HAS_CAP, BLOCK
-            )
+            floor = largest_key_in_row(row, k, floor, lowest, highest, num_positions, False, HAS_CAP, BLOCK)
     threshold = floor
     if top_p < 1.0:
         kept = keys >= floor.to(tl.int32)
@@ -153,7 +151,7 @@ def threshold_of_row(
             threshold = largest_key(keys, masses, wanted, floor, end)
         else:
             threshold = largest_key_in_row(
-                row, wanted, floor, lowest, floor, highest, num_positions, True, HAS_CAP, BLOCK
+                row, wanted, floor, lowest, highest, num_positions, True, HAS_CAP, BLOCK
             )
     least = (highest.to(tl.float64) + log_min_p).to(tl.float32)
     return tl.maximum(value_of(threshold.to(tl.int32)), least)

@@ -96,6 +96,13 @@ def test_any_vocabulary(V: int) -> None:
     same_survivors(noise(V, 1), top_p=0.5, min_p=0.02)
 
 
+def test_unused_places_of_the_head_count_nothing() -> None:
+    """They read position 0, here the largest score."""
+    scores = torch.tensor([5.0, 1.0, 4.0, 3.0, 2.0, 4.5, 0.0])
+    assert same_survivors(scores, top_k=3) == len(scores)
+    assert same_survivors(scores, top_p=0.9) == len(scores)
+
+
 def test_the_head_is_the_largest_scores_and_no_more_than_it_holds() -> None:
     head = same_survivors(noise(1000), top_k=5)
     assert NUM_ACTIVE <= head <= NUM_ACTIVE * SUB
