@@ -16,14 +16,13 @@ from tokenizers import Tokenizer
 
 from cabochon.engine.detokenizer import TokenBytes
 from cabochon.engine.errors import BadGrammar
+from cabochon.engine.json_schema import rewritten
 from cabochon.engine.sampling_params import JSON_WHITESPACE, Grammar
 
 JSON_OPTIONS: Any = {"whitespace_pattern": JSON_WHITESPACE}
 MAX_DIGITS = 20  # in a row outside of strings, where something else may follow: 2^64 has 20
 TIMES = ("time", "date-time")
 SHORT_FRACTION = r"^[^.]*(\.[0-9]{1,9})?[^.0-9][^.]*$"  # of a second: nanoseconds, then the zone
-VALUES = ("const", "enum", "default", "examples")  # no schemas, whatever they look like
-NAMES = ("properties", "patternProperties", "$defs", "definitions")  # maps from any name to a schema
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)  # verbose ones quote the text
 REASON_CHARS = 200  # of llguidance's own words in an error
 
@@ -110,7 +109,7 @@ def _source(grammar: Grammar) -> str:
     try:
         match grammar.kind:
             case "json_schema":
-                schema = json.dumps(_with_short_fractions(json.loads(grammar.text)))
+                schema = json.dumps(rewritten(json.loads(grammar.text), _with_short_fraction))
                 return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
             case "regex":
                 return LLMatcher.grammar_from_regex(grammar.text)
@@ -122,19 +121,6 @@ def _source(grammar: Grammar) -> str:
         raise BadGrammar(f"must be a valid {grammar.kind}: correct it") from None
 
 
-def _with_short_fractions(schema: Any) -> Any:
-    """The schema; its times have at most nine digits after the second."""
-    if isinstance(schema, list):
-        return [_with_short_fractions(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    more = {"pattern": SHORT_FRACTION} if schema.get("format") in TIMES else {}
-    return more | {name: _within(name, value) for name, value in schema.items()}
-
-
-def _within(name: str, value: Any) -> Any:
-    if name in VALUES:
-        return value
-    if name in NAMES and isinstance(value, dict):
-        return {key: _with_short_fractions(item) for key, item in value.items()}
-    return _with_short_fractions(value)
+def _with_short_fraction(schema: dict[str, Any]) -> dict[str, Any]:
+    """A time has at most nine digits after the second; a pattern of the client's own stays."""
+    return {"pattern": SHORT_FRACTION, **schema} if schema.get("format") in TIMES else schema

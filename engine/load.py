@@ -17,7 +17,7 @@ from cabochon.engine.attention import make_attention
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
-from cabochon.engine.gpu_memory import PROBE_TOKENS, measure_peak, pool_bytes, run_probe
+from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_peak, pool_bytes, run_probe
 from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-GIB = 2**30
 CPU_POOL_GIB = 2.0
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 

@@ -20,7 +20,7 @@ from cabochon.engine.errors import BadCheckpoint, ConfigError
 from cabochon.server.control_strings import ControlStrings
 from cabochon.server.errors import ApiError
 from cabochon.server.protocol import Message
-from cabochon.server.tools import Function, arguments_value, calls_text, declaration, output_text
+from cabochon.server.tools import Function, arguments_value, calls_text, declaration, described, output_text
 
 # Gemma's turns, for base models whose files carry no template (google/gemma_pytorch documents them).
 GEMMA_TEMPLATE = (
@@ -78,9 +78,7 @@ class ChatTemplate:
         tools: list[Turn] | None = None
         if self._knows_tools:
             turns = [_native(message) for message in messages]
-            tools = [
-                {"type": "function", "function": one.model_dump(exclude={"strict"})} for one in functions
-            ] or None
+            tools = [{"type": "function", "function": described(one)} for one in functions] or None
         else:
             turns = _gemma_turns(messages, functions, is_parallel)
         turns, tools = self._cut(turns), self._cut(tools)

@@ -56,6 +56,12 @@ class Head:
             "system_fingerprint": self.fingerprint,
         }
 
+    def end(self, kind: str) -> list[bytes]:
+        """The last events of a stream of chunks of that kind."""
+        if not self.include_usage:
+            return [DONE]
+        return [event({**self.frame(kind), "choices": [], "usage": self.usage.as_json()}), DONE]
+
     def chunk_usage(self) -> dict[str, Any]:
         """What a chunk says of it, as fields."""
         if self.continuous_usage:
@@ -125,13 +131,15 @@ class ChatAnswer(Answer):
     def __init__(self, head: Head, num_choices: int, tools: ToolUse | None) -> None:
         self._head = head
         self._tools = tools
+        names = None if tools is None else tools.names
         self._choices = [
-            _ChatChoice(CallParser(tools.names) if tools is not None else None) for _ in range(num_choices)
+            _ChatChoice(None if names is None else CallParser(names)) for _ in range(num_choices)
         ]
 
     def add(self, delta: Delta) -> None:
         choice = self._choices[delta.index]
-        self._take(choice, delta)
+        text, _ = self._take(choice, delta)
+        choice.text += text
         if delta.scored is not None:
             choice.scored = choice.scored or ScoredTokens()
             choice.scored.extend(delta.scored.token_ids, delta.scored.logprobs)
@@ -181,11 +189,7 @@ class ChatAnswer(Answer):
         return [event({**head.frame("chat.completion.chunk"), "choices": [chunk], **head.chunk_usage()})]
 
     def closing(self) -> list[bytes]:
-        head = self._head
-        if not head.include_usage:
-            return [DONE]
-        last = {**head.frame("chat.completion.chunk"), "choices": [], "usage": head.usage.as_json()}
-        return [event(last), DONE]
+        return self._head.end("chat.completion.chunk")
 
     def _take(self, choice: _ChatChoice, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
         """Enter it. Returns the new text and the new pieces of calls, as a chunk has them."""
@@ -204,7 +208,6 @@ class ChatAnswer(Answer):
                     if not pieces or pieces[-1]["index"] != index:
                         pieces.append({"index": index, "function": {"arguments": ""}})
                     pieces[-1]["function"]["arguments"] += more
-        choice.text += text
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason
             if self._tools is not None:
@@ -260,11 +263,7 @@ class CompletionAnswer(Answer):
         return [event({**head.frame("text_completion"), "choices": [choice], **head.chunk_usage()})]
 
     def closing(self) -> list[bytes]:
-        head = self._head
-        if not head.include_usage:
-            return [DONE]
-        last = {**head.frame("text_completion"), "choices": [], "usage": head.usage.as_json()}
-        return [event(last), DONE]
+        return self._head.end("text_completion")
 
     def _logprobs(self, scored: ScoredTokens | None, offset: int) -> dict[str, Any] | None:
         return None if scored is None else completion_logprobs(scored, self._head.token_bytes, offset)

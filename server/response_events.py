@@ -24,10 +24,14 @@ class _Item:
     status: str = "in_progress"
     logprobs: list[Any] = field(default_factory=list)
 
+    @property
+    def wire_id(self) -> str:
+        return f"msg_{self.item_id}" if self.name is None else f"fc_{self.item_id}"
+
     def as_json(self) -> dict[str, Any]:
         if self.name is not None:
             return {
-                "id": f"fc_{self.item_id}",
+                "id": self.wire_id,
                 "type": "function_call",
                 "status": self.status,
                 "call_id": f"call_{self.item_id[:24]}",
@@ -36,7 +40,7 @@ class _Item:
             }
         is_empty = self.status == "in_progress" and not self.content
         return {
-            "id": f"msg_{self.item_id}",
+            "id": self.wire_id,
             "type": "message",
             "status": self.status,
             "role": "assistant",
@@ -155,13 +159,15 @@ class ResponseAnswer(Answer):
         return "completed" if self._finish_reason == "stop" else "incomplete"
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._body.stream:
+            return b""  # a whole answer grows by the same steps, and nobody reads them
         content = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return b"event: %s\ndata: %s\n\n" % (kind.encode(), encode_json(content))
 
     def _of_item(self, kind: str, **fields: Any) -> bytes:
-        item = self._items[-1].as_json()
-        return self._event(kind, item_id=item["id"], output_index=len(self._items) - 1, **fields)
+        place = {"item_id": self._items[-1].wire_id, "output_index": len(self._items) - 1}
+        return self._event(kind, **place, **fields)
 
     def _response(self) -> dict[str, Any]:
         body, status, usage = self._body, self._status(), self._head.usage

@@ -22,7 +22,6 @@ from cabochon.server.protocol import (
 from cabochon.server.structured import JsonFormat, JsonSchema, SchemaFormat, TextFormat
 from cabochon.server.tools import (
     MAX_TOOLS,
-    NO_PARAMETERS,
     Function,
     FunctionChoice,
     FunctionName,
@@ -30,13 +29,17 @@ from cabochon.server.tools import (
     Tool,
 )
 
-# Names of the chat's fields in errors, as this endpoint calls them.
-NAMES = {
-    "messages": "input",
-    "response_format": "text.format",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-}
+# The chat's fields in errors, as this endpoint calls them. Its messages have other numbers.
+RENAMED = [
+    (re.compile(rf"\b{chats}\b"), ours)
+    for chats, ours in {
+        r"messages(\.\d+)?": "input",
+        "response_format": "text.format",
+        "max(_completion)?_tokens": "max_output_tokens",
+        "tool_call_id": "call_id",
+        r"(tools\.\d+)\.function": r"\1",
+    }.items()
+]
 
 
 class InputText(Strict):
@@ -200,7 +203,7 @@ class ResponsesRequest(SamplingFields):
             logprobs=has_logprobs,
             top_logprobs=self.top_logprobs,
             response_format=self._format(),
-            tools=[Tool(type="function", function=_function(tool)) for tool in self.tools],
+            tools=[Tool(type="function", function=tool) for tool in self.tools],
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
         )
@@ -244,30 +247,19 @@ class _Chat(ChatRequest):
 
     def grammar(self) -> Grammar | None:
         grammar = super().grammar()
-        if grammar is None or grammar.param != "response_format":
-            return grammar
-        return replace(grammar, param=NAMES[grammar.param])
+        return grammar and replace(grammar, param=_renamed(grammar.param))
 
 
 def in_our_words(error: RequestError | ApiError) -> None:
     """Rename what an error of the chat names."""
-    message = str(error)
-    for chats, ours in NAMES.items():
-        pattern = rf"\b{chats}(\.\d+)?\b" if chats == "messages" else rf"\b{chats}\b"
-        message = re.sub(pattern, ours, message)
-        if error.param is not None:
-            error.param = re.sub(pattern, ours, error.param)
-    error.args = (message.replace("tool_call_id", "call_id"),)
-    error.param = error.param and error.param.replace("tool_call_id", "call_id")
+    error.args = (_renamed(str(error)),)
+    error.param = error.param and _renamed(error.param)
 
 
-def _function(tool: FlatTool) -> Function:
-    return Function(
-        name=tool.name,
-        description=tool.description,
-        parameters=tool.parameters or dict(NO_PARAMETERS),
-        strict=tool.strict,
-    )
+def _renamed(text: str) -> str:
+    for pattern, ours in RENAMED:
+        text = pattern.sub(ours, text)
+    return text
 
 
 def _text(content: str | list[Part]) -> str:

@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
+from cabochon.engine.json_schema import rewritten
 from cabochon.engine.sampling_params import JSON_WHITESPACE, Grammar
 from cabochon.server.body import MAX_DEPTH, Strict, is_deeper
 from cabochon.server.errors import ApiError
+from cabochon.server.structured import schema_grammar
 
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_CALLS = 16  # in one answer that a grammar binds
@@ -31,9 +33,6 @@ you MUST put it in the format of
 """
 PARALLEL = "To invoke several at once, put a list of these in square brackets.\n"
 END_OF_PREAMBLE = "\nYou SHOULD NOT include any other text in the response if you call a function\n"
-# Keywords of JSON schema whose values are no schemas, or map names to schemas.
-DATA = {"const", "enum", "default", "examples"}
-MAPS = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 
 Call = tuple[str, str]  # a function's name, and its arguments in JSON
 
@@ -90,12 +89,10 @@ class ToolUse:
 
     def grammar(self, answer: dict[str, Any] | None) -> Grammar | None:
         """Of the whole output; None: nothing binds it. answer: the schema of text that is no call."""
-        schemas = [self._parameters(function) for function in self.functions]
-        for schema in (*schemas, answer or {}):  # before anything is done with one that is too large
-            Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode(), param="tools")
+        for function in self.functions:  # before anything is done with a schema that is too large
+            schema_grammar(self._parameters(function), "tools")
         if self.choice != "auto":
-            text = msgspec.json.encode(self._schema(None)).decode()
-            return Grammar(kind="json_schema", text=text, param="tools")
+            return schema_grammar(self._schema(None), "tools")
         is_bound = not self.is_parallel or any(function.strict for function in self.functions)
         if answer == {"type": "object"} and is_bound:
             raise ApiError(
@@ -104,8 +101,8 @@ class ToolUse:
                 param="response_format",
             )
         if answer is not None:
-            text = msgspec.json.encode(self._schema(answer)).decode()
-            return Grammar(kind="json_schema", text=text, param="response_format")
+            schema_grammar(answer, "response_format")
+            return schema_grammar(self._schema(answer), "response_format")
         if not is_bound:
             return None
         return Grammar(kind="lark", text=self._text_or_calls(), param="tools")
@@ -155,7 +152,7 @@ class ToolUse:
             schema = {**self._parameters(function), "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
             rules.append(f"p{i}: %json {msgspec.json.encode(schema).decode()}")
         call = rf'\s*{CALL_OPENING}\[?\s*\{{\s*"name"\s*:'
-        rules.append(f"TEXT: /(?s:.+)/ & ~/{call.replace('/', chr(92) + '/')}(?s:.*)/")
+        rules.append(f"TEXT: /(?s:.+)/ & ~/{call}(?s:.*)/")
         return "\n".join(rules)
 
     def _parameters(self, function: Function) -> dict[str, Any]:
@@ -164,25 +161,18 @@ class ToolUse:
         return {**function.parameters, "type": "object"}
 
 
-def _moved(schema: Any, base: str, *, is_map: bool = False) -> Any:
+def _moved(schema: dict[str, Any], base: str) -> Any:
     """The schema with its references to itself as they must be when it stands at `base`."""
-    if isinstance(schema, list):
-        return [_moved(item, base) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        if is_map:
-            moved[key] = _moved(value, base)
-        elif key == "$id":
-            continue  # its references would be looked up there
-        elif key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[key] = base + value[1:]
-        elif key in DATA:
-            moved[key] = value
-        else:
-            moved[key] = _moved(value, base, is_map=key in MAPS)
-    return moved
+
+    def move(one: dict[str, Any]) -> dict[str, Any]:
+        # References would be looked up at an id of its own
+        moved = {key: value for key, value in one.items() if key != "$id"}
+        target = one.get("$ref")
+        if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+            moved["$ref"] = base + target[1:]
+        return moved
+
+    return rewritten(schema, move)
 
 
 def tool_use(
@@ -215,12 +205,18 @@ def tool_use(
     )
 
 
+def described(function: Function) -> dict[str, Any]:
+    """What a model is told of it."""
+    return {
+        "name": function.name,
+        "description": function.description,
+        "parameters": function.parameters,
+    }
+
+
 def declaration(functions: Sequence[Function], *, is_parallel: bool) -> str:
     """What stands before the first user text."""
-    listed = [
-        {"name": one.name, "description": one.description, "parameters": one.parameters} for one in functions
-    ]
-    text = json.dumps(listed, indent=2, ensure_ascii=False)
+    text = json.dumps(list(map(described, functions)), indent=2, ensure_ascii=False)
     return f"{PREAMBLE}{PARALLEL if is_parallel else ''}{END_OF_PREAMBLE}{text}\n"
 
 

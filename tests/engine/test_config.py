@@ -17,6 +17,7 @@ STEP = (
     " raise step_tokens or lower max_seqs"
 )
 LENGTH = "max_model_len must be at least 2 (one in, one out), got {}: raise it"
+SHARE = "gpu_memory_utilization must be in (0, 1], got {}: 0.9 is usual"
 POOL = "kv_cache_gib must be a positive number of GiB, got {}: correct it"
 THREADS = "threads must be at least 1, got {}: leave it out for all cores"
 
@@ -43,6 +44,9 @@ THREADS = "threads must be at least 1, got {}: leave it out for all cores"
         ("kv_cache_gib", math.nan, POOL),
         ("kv_cache_gib", math.inf, POOL),
         ("kv_cache_gib", -math.inf, POOL),
+        ("gpu_memory_utilization", 0, SHARE),
+        ("gpu_memory_utilization", 1.01, SHARE),
+        ("gpu_memory_utilization", math.nan, SHARE),
         ("threads", 0, THREADS),
         ("threads", -2, THREADS),
     ],
@@ -67,6 +71,8 @@ def test_a_value_out_of_range_is_refused(option: str, value: object, message: st
         ("max_model_len", None),
         ("kv_cache_gib", 1e-9),
         ("kv_cache_gib", 4095.9),
+        ("kv_cache_gib", None),
+        ("gpu_memory_utilization", 1),
         ("threads", 1),
         ("threads", None),
     ],

@@ -140,10 +140,14 @@ def test_errors_use_the_words_of_this_endpoint(shared: LiveServer) -> None:
     assert error(input=lonely)["param"] == "input.call_id"
     assert error(input=lonely)["message"].startswith("input.call_id must be the id of a call")
     assert error(instructions="x")["message"].startswith("input must have no system")
+    no_object = {"type": "function", "name": "f", "parameters": {"type": "string"}}
+    assert error(tools=[no_object])["param"] == "tools.0.parameters"
+    assert error(tools=[no_object])["message"].startswith("tools.0.parameters must be a schema")
     schema = {"enum": ["a" * 1000] * 300}
     huge = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
     assert "messages" not in error(input="hello " * 600)["message"]
     assert error(text=huge)["message"].startswith("text.format must be")
+    assert error(text=huge, tools=[TOOL])["param"] == "text.format"
 
 
 def test_a_whole_response_is_openais_object(shared: LiveServer) -> None:
@@ -168,15 +172,6 @@ def sse(text: str) -> list[Any]:
         assert name == f"event: {found[-1]['type']}"
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
-
-
-@pytest.fixture
-def echo(tmp_path: Any) -> Any:
-    """The engine answers with the prompt, which here is the last message."""
-    path = tmp_path / "echo.jinja"
-    path.write_text("{% if tools %}{% endif %}{{ messages[-1]['content'] }}")
-    with LiveServer(chat_template=str(path)) as server:
-        yield server
 
 
 def stream(server: LiveServer, given: str, **fields: Any) -> list[Any]:

@@ -215,15 +215,6 @@ def test_a_template_that_knows_tools_gets_them_its_own_way() -> None:
     assert template.render([called(("1", "get_weather", "no json"))]) == ["assistant:get_weather=|"]
 
 
-@pytest.fixture
-def echo(tmp_path: Any) -> Any:
-    """The engine answers with the prompt, which here is the last message."""
-    path = tmp_path / "echo.jinja"
-    path.write_text("{% if tools %}{% endif %}{{ messages[-1]['content'] }}")
-    with LiveServer(chat_template=str(path)) as server:
-        yield server
-
-
 def chat_body(answer: str, **fields: Any) -> dict[str, Any]:
     tools = [{"type": "function", "function": one.model_dump()} for one in (WEATHER, NOW)]
     messages = [{"role": "user", "content": answer + "END"}]
