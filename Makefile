@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+SERVE_STAMP := $(VENV)/.serve
 STAMP := $(VENV)/.installed
 CLIENTS_STAMP := $(VENV)/.clients
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -15,12 +16,16 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(STAMP): pyproject.toml
+$(SERVE_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_INDEX) -e '.[demo]'
+	touch $@
+
+$(STAMP): $(SERVE_STAMP)
 	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,dev]'
 	touch $@
 
-serve: $(STAMP) ## Serve Gemma 3 270M at http://127.0.0.1:8000/v1 (SERVE_ARGS="--model PATH ...")
+serve: $(SERVE_STAMP) ## Serve Gemma 3 270M at http://127.0.0.1:8000/v1 (SERVE_ARGS="--model PATH ...")
 	$(BIN)/cabochon serve $(SERVE_ARGS)
 
 test: $(STAMP) ## Tests, under ten minutes on 2 cores
