@@ -3,7 +3,8 @@
 Knows nothing of requests, queues or who owns a page.
 """
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from cabochon.engine.logprobs import ExactLogits, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
+from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampler import Sampler
 from cabochon.kernels.definitions import softcap_
@@ -26,17 +28,43 @@ Value = TypeVar("Value")
 LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 
 
-class Runner:
-    """Synchronous (depth 1): `run` returns when the tokens are known."""
+class StepRunner(ABC):
+    """What the core asks of a runner."""
+
+    @abstractmethod
+    def admit(self, request: Request) -> None:
+        """A request has got its row."""
+
+    @abstractmethod
+    def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
+        """Start the plan. Returns what waits for its results. `rows` may change as soon as this returns.
+
+        Results have one token per True of plan.samples, in order.
+        """
+
+    @abstractmethod
+    def last_logits(self, row: int, rows: Rows) -> Tensor:
+        """[V] fp32, softcapped: all known tokens of one row in a single chunk. Only while idle."""
+
+
+class Runner(StepRunner):
+    """Synchronous: `launch` returns when the tokens are known. For the CPU, where nothing else could run."""
 
     def __init__(self, model: Gemma, attention: Attention[Any], sampler: Sampler) -> None:
         self._model = model
         self._attention = attention
         self.sampler = sampler
 
+    def admit(self, request: Request) -> None:
+        self.sampler.set_row(request)
+
+    def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
+        result = self.run(plan, rows)
+        return lambda: result
+
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Rows) -> StepResult:
-        """Compute the plan. Returns one token per True of plan.samples, in order."""
+        """Compute the plan."""
         hidden = self._hidden(plan, rows)  # [T', E]
         prompts = self._prompt_logprobs(hidden, plan, rows)
         sampling = plan.rows[plan.samples]
@@ -57,7 +85,6 @@ class Runner:
 
     @torch.inference_mode()
     def last_logits(self, row: int, rows: Rows) -> Tensor:
-        """[V] fp32, softcapped: all known tokens of one row in a single chunk."""
         length = rows.num_tokens[row : row + 1]
         one = np.array([row], np.int32)
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
