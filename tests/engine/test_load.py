@@ -95,7 +95,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("asked", "device", "backend"),
-    [("auto", "cpu", "torch"), ("auto", "cuda", "triton"), ("torch", "cuda", "torch")],
+    [
+        ("auto", "cpu", "torch"),
+        ("auto", "cuda", "triton"),
+        ("torch", "cuda", "torch"),
+        ("flash-attn", "cuda", "flash-attn"),
+    ],
 )
 def test_auto_says_why_it_chose_a_backend(
     caplog: pytest.LogCaptureFixture, asked: str, device: str, backend: str
@@ -107,7 +112,7 @@ def test_auto_says_why_it_chose_a_backend(
     assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
 
 
-REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU"}
+REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU, and flash-attn is not measured yet"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
