@@ -22,6 +22,7 @@ from cabochon.kernels.error_budget import assert_within_budget
 
 SLIDING, GLOBAL = 0, 1
 MAX_PAGES = 5  # of a sequence
+CPU = torch.device("cpu")
 
 
 class AttentionWorld:
@@ -38,6 +39,7 @@ class AttentionWorld:
         head_dim: int = 16,
         dtype: torch.dtype = torch.float32,
         max_seqs: int = 6,
+        device: torch.device = CPU,
     ) -> None:
         self.config = dataclasses.replace(
             model_config(Gemma2Config(**{**BASE, "num_hidden_layers": 2})),
@@ -49,7 +51,7 @@ class AttentionWorld:
         )
         layout = kv_layout(self.config, page_tokens, dtype.itemsize)
         num_pages = 2 * max_seqs * MAX_PAGES
-        self.pages = KVPages(self.config, layout, num_pages, dtype, torch.device("cpu"))
+        self.pages = KVPages(self.config, layout, num_pages, dtype, device)
         self._tensors = (*self.pages.k, *self.pages.v)
         for tensor in self._tensors:
             tensor[1:] = torch.nan
@@ -59,13 +61,13 @@ class AttentionWorld:
         self.attention = make_attention(backend, self.config, self.pages)
         self.g = torch.Generator().manual_seed(0)
         self._free = random.Random(0).sample(range(1, num_pages + 1), num_pages)
-        self._dtype = dtype
-        empty = [torch.empty(0, heads[1], head_dim, dtype=dtype)] * 2
+        self._dtype, self._device = dtype, device
+        empty = [torch.empty(0, heads[1], head_dim, dtype=dtype, device=device)] * 2
         self.history = {row: (list(empty), list(empty)) for row in range(max_seqs)}  # K and V of each layer
 
     def draw(self, num_tokens: int, num_heads: int, gain: float = 1.0) -> Tensor:
         shape = (num_tokens, num_heads, self.config.head_dim)
-        return (torch.randn(shape, generator=self.g) * gain).to(self._dtype)
+        return (torch.randn(shape, generator=self.g) * gain).to(self._device, self._dtype)
 
     def share(self, row: int, donor: int, num_pages: int) -> None:
         """A prefix hit: the first pages of a sequence that has not left them."""
@@ -110,7 +112,8 @@ class AttentionWorld:
         """The last len(q) tokens of a sequence over all its K and V, through a mask of (q - W, q]."""
         G = self.config.num_heads // self.config.num_kv_heads
         k, v = (kv[layer].to(dtype).repeat_interleave(G, 1) for kv in self.history[row])
-        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        keys = torch.arange(len(k), device=self._device)
+        distance = keys[len(k) - len(q) :, None] - keys
         visible = (distance >= 0) & ((distance < self.config.window) | (layer == GLOBAL))
         scores = torch.einsum("qhd,khd->hqk", q.to(dtype), k) * self.config.attention_scale
         if self.config.attention_softcap is not None:

@@ -51,6 +51,36 @@ def test_the_installed_library_has_the_recorded_signatures(name: str) -> None:
     assert str(inspect.Signature(bare)) == RECORDED[name]
 
 
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "window", "visible"),
+    [
+        (2, 5, (-1, -1), ["11110", "11111"]),  # the matrices of the library's docstring
+        (5, 2, (-1, -1), ["00", "00", "00", "10", "11"]),
+        (3, 5, (1, 0), ["01100", "00110", "00011"]),
+        (3, 5, (0, 0), ["00100", "00010", "00001"]),
+        (3, 5, (1, -1), ["01100", "00110", "00011"]),
+    ],
+)
+def test_the_stand_in_masks_as_the_library_documents(
+    num_queries: int, num_keys: int, window: tuple[int, int], visible: list[str]
+) -> None:
+    """Equal weights and unit vectors as values: an output is its row of the mask over what it sees."""
+    q = torch.zeros(num_queries, 1, 8, dtype=torch.float16)
+    v = torch.zeros(1, P, 1, 8, dtype=torch.float16)
+    v[0, :8, 0] = torch.eye(8)
+    mask = torch.tensor([[float(sign) for sign in row] for row in visible])
+    expected = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    lens, table = torch.tensor([num_keys], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    options = {"causal": True, "window_size": window, "block_table": table}
+    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_keys))
+    ragged = fake_flash_attn.flash_attn_varlen_func(
+        q, v, v, cu_q, cu_k, num_queries, num_keys, **options
+    )  # fmt: skip
+    batched = fake_flash_attn.flash_attn_with_kvcache(q[None], v, v, cache_seqlens=lens, **options)[0]
+    for out in (ragged, batched):
+        torch.testing.assert_close(out[:, 0, :num_keys].float(), expected, atol=1e-3, rtol=0)
+
+
 @pytest.fixture
 def world(fake_flash: None) -> AttentionWorld:
     return AttentionWorld("flash-attn", P, window=P + 8, dtype=torch.bfloat16)

@@ -157,6 +157,10 @@ def test_one_line_says_that_the_engine_is_ready(
     assert [record.getMessage() for record in caplog.records if "ready" in record.getMessage()] == [expected]
 
 
+def test_pages_have_16_tokens_unless_a_size_or_another_backend_is_asked_for(tiny_gemma2_dir: Path) -> None:
+    assert load(tiny_gemma2_dir, page_tokens=None)[1].page_tokens == 16
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_torch_gets_the_threads_that_are_asked_for(tiny_gemma2_dir: Path, threads: int) -> None:
     load(tiny_gemma2_dir, threads=threads)
