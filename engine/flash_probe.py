@@ -45,7 +45,7 @@ def settle_page_tokens(asked: int | None, backend: Backend) -> int:
 
 def _of_the_gpu(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"an NVIDIA GPU, got {device.type}: use torch"
+        return f"an NVIDIA GPU, got {device.type}: use device cuda if there is one, else torch"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         return f"a GPU of compute capability 8.0 or newer, got {'.'.join(map(str, capability))}: use torch"

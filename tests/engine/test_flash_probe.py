@@ -42,7 +42,7 @@ def test_gpus_since_ampere_are_taken(monkeypatch: pytest.MonkeyPatch, capability
 
 
 def test_older_gpus_and_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks("an NVIDIA GPU, got cpu: use torch", device="cpu")
+    lacks("an NVIDIA GPU, got cpu: use device cuda if there is one, else torch", device="cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     lacks("a GPU of compute capability 8.0 or newer, got 7.5: use torch")
 
