@@ -111,11 +111,9 @@ class FlashAttention(Attention[FlashInputs]):
         outs = []
         if inputs.decodes is not None:
             outs.append(self._decode(q[:num_decodes], k_pages, v_pages, inputs.decodes, group))
-        if (
-            inputs.prefills is not None
-        ):  # its rows alone: the library takes T from q in batches of one token each
+        if inputs.prefills is not None:  # without padding: in a batch of one token each, q alone says T
             outs.append(self._prefill(q[num_decodes:num_tokens], k_pages, v_pages, inputs.prefills, group))
-        if num_tokens < len(q):
+        if num_tokens < len(q) or not outs:
             outs.append(torch.zeros_like(q[num_tokens:]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 

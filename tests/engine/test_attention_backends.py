@@ -1,6 +1,7 @@
 """One set of cases for every backend, driven as the engine drives it; free pages hold NaN all the while."""
 
 import fake_flash_attn
+import numpy as np
 import pytest
 import torch
 from attention_world import GLOBAL, SLIDING, AttentionWorld
@@ -109,11 +110,11 @@ def test_a_prefix_is_read_from_pages_of_another_sequence(backend: tuple[Backend,
     world.step((0, 1), (1, 1), (2, 1), num_decodes=3)
 
 
-def test_a_step_of_nothing_gives_padding(backend: tuple[Backend, int]) -> None:
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_step_of_nothing_gives_padding(backend: tuple[Backend, int], padding: int) -> None:
     world = AttentionWorld(*backend, window=4)
-    inputs = world.attention.prepare(
-        world._plan(((0, 1),), 0).only(torch.tensor([False]).numpy()), world.rows
-    )
-    out = world.attention.attend(0, world.draw(4, 4), world.draw(4, 2), world.draw(4, 2), inputs)
-    assert out.shape == (4, 4, 16)
+    nothing = world._plan(((0, 1),), 0).only(np.array([False]))
+    q, k, v = (world.draw(padding, heads) for heads in (4, 2, 2))
+    out = world.attention.attend(GLOBAL, q, k, v, world.attention.prepare(nothing, world.rows))
+    assert out.shape == (padding, 4, 16)
     assert not out.any()
