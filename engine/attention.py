@@ -1,6 +1,7 @@
 """What a step tells the attention of every layer, and the `torch` backend, for any device.
 
-A backend is two calls: prepare once a step, attend once a layer. `triton_attention` has the GPU's.
+A backend is two calls: prepare once a step, attend once a layer. The GPU's are in
+`triton_attention` and `flash_attention`.
 """
 
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ class AttentionInputs:
 
 
 Inputs = TypeVar("Inputs", bound=AttentionInputs)
+Backend = Literal["torch", "triton", "flash-attn"]
 
 
 class Attention(ABC, Generic[Inputs]):
@@ -45,10 +47,14 @@ class Attention(ABC, Generic[Inputs]):
         """
 
 
-def make_attention(backend: Literal["torch", "triton"], model: ModelConfig, pages: KVPages) -> Attention[Any]:
+def make_attention(backend: Backend, model: ModelConfig, pages: KVPages) -> Attention[Any]:
     """The backend over these pages."""
     if backend == "torch":
         return TorchAttention(model, pages)
+    if backend == "flash-attn":
+        from cabochon.engine.flash_attention import FlashAttention  # flash-attn is an optional package
+
+        return FlashAttention(model, pages)
     from cabochon.engine.triton_attention import (
         TritonAttention,
     )  # triton is optional: a CPU has no use for it

@@ -17,11 +17,15 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )
-    attention_backend: Literal["auto", "torch", "triton"] = "auto"  # auto: triton on a GPU, torch on a CPU
+    attention_backend: Literal["auto", "torch", "triton", "flash-attn"] = (
+        "auto"  # auto: triton on a GPU, torch on a CPU; flash-attn: its package, an NVIDIA GPU and bf16
+    )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
     step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
-    page_tokens: int = 16  # tokens per KV page, and the granularity of the prefix cache
+    page_tokens: int | None = (
+        None  # tokens per KV page, and the granularity of the prefix cache; None: 16, with flash-attn 256
+    )
     kv_cache_gib: float | None = (
         None  # GiB of KV pages; more holds more or longer sequences; None: 2 on a CPU, on a GPU what is left
     )
@@ -34,7 +38,9 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype must be auto, bf16 or fp32, got {self.dtype}: Gemma overflows in fp16, use bf16"
             )
-        if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
+        if self.page_tokens is not None and (
+            self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1)
+        ):
             raise ConfigError(f"page_tokens must be a power of two, got {self.page_tokens}: 16 is usual")
         if self.max_seqs < 1:
             raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}: raise it")

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from cabochon.engine.attention import make_attention
+from cabochon.engine.attention import Backend, make_attention
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
+from cabochon.engine.flash_probe import check_flash, settle_page_tokens
 from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_peak, pool_bytes, run_probe
 from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
@@ -60,7 +60,9 @@ def load_engine(
     backend = settle_backend(config, device)
     dtype_name = _settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
-    layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
+    if backend == "flash-attn":
+        check_flash(device, dtype, model_config.head_dim)
+    layout = kv_layout(model_config, settle_page_tokens(config.page_tokens, backend), dtype.itemsize)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
@@ -86,7 +88,7 @@ def load_engine(
         max_model_len=max_len,
         max_seqs=config.max_seqs,
         eos_token_ids=list(model_config.eos_token_ids),
-        page_tokens=config.page_tokens,
+        page_tokens=layout.page_tokens,
         num_pages=num_pages,
         num_groups=layout.num_groups,
         kv_bytes=pages.num_bytes,
@@ -97,7 +99,7 @@ def load_engine(
         "engine ready architecture=%s device=%s attention=%s dtype=%s threads=%d pages=%d page_tokens=%d"
         " kv_bytes=%d weight_bytes=%d",
         info.architecture, info.device, info.attention_backend, info.dtype, torch.get_num_threads(),
-        num_pages, config.page_tokens, info.kv_bytes, info.weight_bytes,
+        num_pages, layout.page_tokens, info.kv_bytes, info.weight_bytes,
     )  # fmt: skip
     return core, info
 
@@ -115,7 +117,7 @@ def settle_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if config.device == "cuda" else "cpu")
 
 
-def settle_backend(config: EngineConfig, device: torch.device) -> Literal["torch", "triton"]:
+def settle_backend(config: EngineConfig, device: torch.device) -> Backend:
     """`auto` says why. Raises ConfigError if Triton is asked for where it cannot run."""
     has_triton = importlib.util.find_spec("triton") is not None
     can_triton = has_triton and (
@@ -129,7 +131,7 @@ def settle_backend(config: EngineConfig, device: torch.device) -> Literal["torch
     if config.attention_backend != "auto":
         return config.attention_backend
     if device.type == "cuda" and has_triton:
-        logger.info("attention backend=triton reason=an NVIDIA GPU")
+        logger.info("attention backend=triton reason=an NVIDIA GPU, and flash-attn is not measured yet")
         return "triton"
     logger.info("attention backend=torch reason=%s", "no GPU" if device.type == "cpu" else "no triton")
     return "torch"
@@ -226,7 +228,7 @@ class _CoreBuilder:
     layout: KVLayout
     device: torch.device
     dtype: torch.dtype
-    backend: Literal["torch", "triton"]
+    backend: Backend
     grammars: Grammars
 
     def build(self, num_pages: int, max_model_len: int) -> tuple[EngineCore, KVPages]:
@@ -236,7 +238,7 @@ class _CoreBuilder:
             max_seqs=config.max_seqs,
             max_model_len=max_model_len,
             num_groups=self.layout.num_groups,
-            page_tokens=config.page_tokens,
+            page_tokens=self.layout.page_tokens,
         )
         pages = KVPages(model.config, self.layout, num_pages, self.dtype, self.device)
         hasher = PageHasher(os.urandom(32)) if config.prefix_caching else None

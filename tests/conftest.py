@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def triton_interpreter() -> Iterator[None]:
 
     with repaired():
         yield
+
+
+@pytest.fixture
+def fake_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """flash-attn, which needs a GPU, as `fake_flash_attn`; what was imported with it goes again."""
+    import fake_flash_attn
+
+    backend = "cabochon.engine.flash_attention"
+    real = sys.modules.pop(backend, None)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn)
+    fake_flash_attn.calls.clear()
+    yield
+    sys.modules.pop(backend, None)
+    if real is not None:
+        sys.modules[backend] = real
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def test_a_value_out_of_range_is_refused(option: str, value: object, message: st
         ("dtype", "fp32"),
         ("page_tokens", 1),
         ("page_tokens", 512),
+        ("page_tokens", None),
         ("max_seqs", 1),
         ("max_seqs", 512),
         ("step_tokens", 64),

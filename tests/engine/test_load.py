@@ -95,7 +95,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("asked", "device", "backend"),
-    [("auto", "cpu", "torch"), ("auto", "cuda", "triton"), ("torch", "cuda", "torch")],
+    [
+        ("auto", "cpu", "torch"),
+        ("auto", "cuda", "triton"),
+        ("torch", "cuda", "torch"),
+        ("flash-attn", "cuda", "flash-attn"),
+    ],
 )
 def test_auto_says_why_it_chose_a_backend(
     caplog: pytest.LogCaptureFixture, asked: str, device: str, backend: str
@@ -107,7 +112,7 @@ def test_auto_says_why_it_chose_a_backend(
     assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
 
 
-REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU"}
+REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU, and flash-attn is not measured yet"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +155,10 @@ def test_one_line_says_that_the_engine_is_ready(
         f" pages={info.num_pages} page_tokens=4 kv_bytes={info.kv_bytes} weight_bytes={info.weight_bytes}"
     )
     assert [record.getMessage() for record in caplog.records if "ready" in record.getMessage()] == [expected]
+
+
+def test_pages_have_16_tokens_unless_a_size_or_another_backend_is_asked_for(tiny_gemma2_dir: Path) -> None:
+    assert load(tiny_gemma2_dir, page_tokens=None)[1].page_tokens == 16
 
 
 @pytest.mark.parametrize("threads", [1, 2])
