@@ -122,7 +122,7 @@ class TorchAttention(Attention[TorchInputs]):
         return sections if self._device.type == "cpu" else [one.to(self._device) for one in sections]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: TorchInputs) -> Tensor:
-        group, k_pages, v_pages = self._pages.of_layer(layer)
+        group, k_pages, v_pages, *_ = self._pages.of_layer(layer)
         write_kv(k_pages, v_pages, k, v, inputs.slots[group])
         return paged_attention(
             q,

@@ -22,7 +22,7 @@ from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Checkpoint
 from cabochon.engine.models.config import ModelConfig
@@ -60,7 +60,8 @@ def load_engine(
     backend = settle_backend(config, device)
     dtype_name = _settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
-    layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
+    kv_dtype = _settle_kv_dtype(config, backend, dtype)
+    layout = kv_layout(model_config, config.page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
@@ -69,8 +70,9 @@ def load_engine(
     grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
     if expects_grammars:
         grammars.start()
-    model = _load_model(model_config, model_dir, dtype, device, max_len, on_progress)
-    builder = _CoreBuilder(config, model, layout, device, dtype, backend, grammars)
+    model_class = _model_class(backend, model_config)
+    model = _load_model(model_class, model_config, model_dir, dtype, device, max_len, on_progress)
+    builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
@@ -156,6 +158,29 @@ def _settle_dtype(config: EngineConfig, device: torch.device) -> str:
     return config.dtype
 
 
+def _settle_kv_dtype(
+    config: EngineConfig, backend: Literal["torch", "triton"], dtype: torch.dtype
+) -> torch.dtype:
+    """`auto` is the working dtype. Raises ConfigError for fp8 where nothing reads it."""
+    if config.kv_dtype == "fp8" and backend != "triton":
+        raise ConfigError(
+            f"kv_dtype must be auto with the {backend} attention backend, got fp8: use auto, or a GPU and"
+            " attention_backend triton"
+        )
+    return FP8 if config.kv_dtype == "fp8" else dtype
+
+
+def _model_class(backend: Literal["torch", "triton"], config: ModelConfig) -> type[Gemma]:
+    if backend == "torch":
+        return Gemma
+    from cabochon.engine.models.fused import (
+        FusedGemma,
+        can_fuse,
+    )  # triton is optional: a CPU has no use for it
+
+    return FusedGemma if can_fuse(config) else Gemma
+
+
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
     """Cores that this process may use at once: by affinity, and by the CPU limit of its container."""
     cores = len(os.sched_getaffinity(0))
@@ -194,6 +219,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 
 
 def _load_model(
+    model_class: type[Gemma],
     config: ModelConfig,
     model_dir: Path,
     dtype: torch.dtype,
@@ -212,7 +238,7 @@ def _load_model(
             on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
-    model = Gemma(config, load, max_model_len)
+    model = model_class(config, load, max_model_len)
     checkpoint.close()
     return model
 
@@ -225,7 +251,7 @@ class _CoreBuilder:
     model: Gemma
     layout: KVLayout
     device: torch.device
-    dtype: torch.dtype
+    kv_dtype: torch.dtype
     backend: Literal["torch", "triton"]
     grammars: Grammars
 
@@ -238,7 +264,7 @@ class _CoreBuilder:
             num_groups=self.layout.num_groups,
             page_tokens=config.page_tokens,
         )
-        pages = KVPages(model.config, self.layout, num_pages, self.dtype, self.device)
+        pages = KVPages(model.config, self.layout, num_pages, self.kv_dtype, self.device)
         hasher = PageHasher(os.urandom(32)) if config.prefix_caching else None
         cache = KVCache(rows, PagePool(num_pages), hasher, self.layout.windows)
         scheduler = Scheduler(
