@@ -47,13 +47,14 @@ class Arena:
     def write(self, target: Tensor, values: NDArray[np.generic]) -> None:
         """target: a contiguous view of an allocated array. No element may be written twice before `take`."""
         words = np.ascontiguousarray(values, NUMPY[target.dtype]).reshape(-1).view(np.int32)
-        start = target.storage_offset() * target.itemsize // 4
+        start = int(target.storage_offset()) * target.itemsize // 4
         self._places.append(np.arange(start, start + len(words), dtype=np.int32))
         self._words.append(words)
 
     def write_elements(self, target: Tensor, flat: NDArray[np.int64], values: NDArray[np.int32]) -> None:
         """Some elements of an int32 array, by their places in it as if it were flat."""
-        self._places.append((flat + target.storage_offset()).astype(np.int32))
+        start = int(target.storage_offset())
+        self._places.append((flat + start).astype(np.int32))
         self._words.append(values)
 
     def take(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

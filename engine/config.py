@@ -20,6 +20,9 @@ class EngineConfig:
     attention_backend: Literal["auto", "torch", "triton", "flash-attn"] = (
         "auto"  # auto: triton on a GPU, torch on a CPU; flash-attn: its package, an NVIDIA GPU and bf16
     )
+    kv_dtype: Literal["auto", "fp8"] = (
+        "auto"  # auto: as dtype; fp8 holds nearly twice the tokens, rounded to e4m3; triton only
+    )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
     step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
@@ -37,6 +40,10 @@ class EngineConfig:
         if self.dtype not in ("auto", "bf16", "fp32"):  # a caller in Python may pass anything
             raise ConfigError(
                 f"dtype must be auto, bf16 or fp32, got {self.dtype}: Gemma overflows in fp16, use bf16"
+            )
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ConfigError(
+                f"kv_dtype must be auto or fp8, got {self.kv_dtype}: auto keeps K and V in the working dtype"
             )
         if self.page_tokens is not None and (
             self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1)

@@ -14,7 +14,15 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.attention import Attention, AttentionInputs, positions_of, slots_of, write_kv
+from cabochon.engine.attention import (
+    Attention,
+    AttentionInputs,
+    Move,
+    mover,
+    positions_of,
+    slots_of,
+    write_kv,
+)
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.plan import Plan
@@ -71,40 +79,41 @@ class FlashAttention(Attention[FlashInputs]):
         self._scale = model.attention_scale
         self._softcap = model.attention_softcap or 0.0  # the library's word for none
         self._pages = pages
-        self._device = pages.k[0].device
+        self._move = mover(pages.k[0].device)
 
-    def prepare(self, plan: Plan, rows: Rows) -> FlashInputs:
+    def prepare(self, plan: Plan, rows: Rows, move: Move | None = None) -> FlashInputs:
+        move = move or self._move
         positions = positions_of(plan)
         return FlashInputs(
-            positions=self._moved(positions),
-            slots=slots_of(plan, rows, positions, self._device),
-            decodes=self._decodes(plan, rows) if plan.num_decodes else None,
-            prefills=self._prefills(plan, rows) if plan.num_decodes < len(plan.rows) else None,
+            positions=move(positions),
+            slots=slots_of(plan, rows, positions, move),
+            decodes=self._decodes(plan, rows, move) if plan.num_decodes else None,
+            prefills=self._prefills(plan, rows, move) if plan.num_decodes < len(plan.rows) else None,
         )
 
-    def _decodes(self, plan: Plan, rows: Rows) -> Decodes:
+    def _decodes(self, plan: Plan, rows: Rows, move: Move) -> Decodes:
         ends = plan.starts[: plan.num_decodes] + 1
-        tables, windows = self._part(rows, plan.rows[: plan.num_decodes], int(ends.max()))
-        return Decodes(tables, windows, self._moved(ends.astype(np.int32)))
+        tables, windows = self._part(rows, plan.rows[: plan.num_decodes], int(ends.max()), move)
+        return Decodes(tables, windows, move(ends.astype(np.int32)))
 
-    def _prefills(self, plan: Plan, rows: Rows) -> Prefills:
+    def _prefills(self, plan: Plan, rows: Rows, move: Move) -> Prefills:
         lens, starts = plan.lens[plan.num_decodes :], plan.starts[plan.num_decodes :]
         ends = starts + lens
         longest = int(ends.max())
-        tables, windows = self._part(rows, plan.rows[plan.num_decodes :], longest)
-        cu_q, cu_k = (self._moved(np.cumsum([0, *counts], dtype=np.int32)) for counts in (lens, ends))
+        tables, windows = self._part(rows, plan.rows[plan.num_decodes :], longest, move)
+        cu_q, cu_k = (move(np.cumsum([0, *counts], dtype=np.int32)) for counts in (lens, ends))
         return Prefills(tables, windows, cu_q, cu_k, int(lens.max()), longest)
 
     def _part(
-        self, rows: Rows, row_ids: NDArray[np.int32], longest: int
+        self, rows: Rows, row_ids: NDArray[np.int32], longest: int, move: Move
     ) -> tuple[list[Tensor], list[Window]]:
         """Tables and windows of sequences of up to `longest` keys."""
         width = -(-longest // rows.page_tokens)  # splits of decodes are shares of the table's width
-        tables = [self._moved(table[row_ids, :width]) for table in rows.page_tables]
+        tables = [move(table[row_ids, :width]) for table in rows.page_tables]
         return tables, [_window(window, longest) for window in self._pages.layout.windows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: FlashInputs) -> Tensor:
-        group, k_pages, v_pages = self._pages.of_layer(layer)
+        group, k_pages, v_pages, *_ = self._pages.of_layer(layer)
         write_kv(k_pages, v_pages, k, v, inputs.slots[group])
         num_decodes = 0 if inputs.decodes is None else len(inputs.decodes.seq_lens)
         num_tokens = len(inputs.positions)
@@ -149,9 +158,6 @@ class FlashAttention(Attention[FlashInputs]):
             block_table=part.page_tables[group],
         )
         return out
-
-    def _moved(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
 def _window(window: int | None, longest: int) -> Window:

@@ -22,7 +22,7 @@ from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Checkpoint
 from cabochon.engine.models.config import ModelConfig
@@ -62,7 +62,9 @@ def load_engine(
     dtype = DTYPES[dtype_name]
     if backend == "flash-attn":
         check_flash(device, dtype, model_config.head_dim)
-    layout = kv_layout(model_config, settle_page_tokens(config.page_tokens, backend), dtype.itemsize)
+    kv_dtype = _settle_kv_dtype(config, backend, dtype)
+    page_tokens = settle_page_tokens(config.page_tokens, backend)
+    layout = kv_layout(model_config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
@@ -71,8 +73,9 @@ def load_engine(
     grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
     if expects_grammars:
         grammars.start()
-    model = _load_model(model_config, model_dir, dtype, device, max_len, on_progress)
-    builder = _CoreBuilder(config, model, layout, device, dtype, backend, grammars)
+    model_class = _model_class(backend, model_config)
+    model = _load_model(model_class, model_config, model_dir, dtype, device, max_len, on_progress)
+    builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
@@ -158,6 +161,27 @@ def _settle_dtype(config: EngineConfig, device: torch.device) -> str:
     return config.dtype
 
 
+def _settle_kv_dtype(config: EngineConfig, backend: Backend, dtype: torch.dtype) -> torch.dtype:
+    """`auto` is the working dtype. Raises ConfigError for fp8 where nothing reads it."""
+    if config.kv_dtype == "fp8" and backend != "triton":
+        raise ConfigError(
+            f"kv_dtype must be auto with the {backend} attention backend, got fp8: use auto, or a GPU and"
+            " attention_backend triton"
+        )
+    return FP8 if config.kv_dtype == "fp8" else dtype
+
+
+def _model_class(backend: Backend, config: ModelConfig) -> type[Gemma]:
+    if backend != "triton":
+        return Gemma
+    from cabochon.engine.models.fused import (
+        FusedGemma,
+        can_fuse,
+    )  # triton is optional: a CPU has no use for it
+
+    return FusedGemma if can_fuse(config) else Gemma
+
+
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
     """Cores that this process may use at once: by affinity, and by the CPU limit of its container."""
     cores = len(os.sched_getaffinity(0))
@@ -196,6 +220,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 
 
 def _load_model(
+    model_class: type[Gemma],
     config: ModelConfig,
     model_dir: Path,
     dtype: torch.dtype,
@@ -214,7 +239,7 @@ def _load_model(
             on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
-    model = Gemma(config, load, max_model_len)
+    model = model_class(config, load, max_model_len)
     checkpoint.close()
     return model
 
@@ -227,7 +252,7 @@ class _CoreBuilder:
     model: Gemma
     layout: KVLayout
     device: torch.device
-    dtype: torch.dtype
+    kv_dtype: torch.dtype
     backend: Backend
     grammars: Grammars
 
@@ -240,7 +265,7 @@ class _CoreBuilder:
             num_groups=self.layout.num_groups,
             page_tokens=self.layout.page_tokens,
         )
-        pages = KVPages(model.config, self.layout, num_pages, self.dtype, self.device)
+        pages = KVPages(model.config, self.layout, num_pages, self.kv_dtype, self.device)
         hasher = PageHasher(os.urandom(32)) if config.prefix_caching else None
         cache = KVCache(rows, PagePool(num_pages), hasher, self.layout.windows)
         scheduler = Scheduler(

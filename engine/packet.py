@@ -19,7 +19,7 @@ DTYPES = {
 
 
 class Packet:
-    """`put` while the host prepares, `send` inside the step's work; what `put` gave is filled from then on."""
+    """`put` while the host prepares, `send` inside the step's work: then what `put` gave is filled."""
 
     def __init__(self, host: Tensor, on_device: Tensor) -> None:
         self._host = host

@@ -49,7 +49,7 @@ class CudaStream(Stream):
     def run(self, work: Callable[[], Value]) -> Callable[[], Value]:
         value = work()
         # blocking: the host sleeps instead of spinning in the driver, whose lock other threads need
-        done = torch.cuda.Event(blocking=True)
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record()
 
         def wait() -> Value:

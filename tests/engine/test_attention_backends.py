@@ -1,7 +1,6 @@
 """One set of cases for every backend, driven as the engine drives it; free pages hold NaN all the while."""
 
 import fake_flash_attn
-import numpy as np
 import pytest
 import torch
 from attention_world import GLOBAL, SLIDING, AttentionWorld
@@ -113,7 +112,7 @@ def test_a_prefix_is_read_from_pages_of_another_sequence(backend: tuple[Backend,
 @pytest.mark.parametrize("padding", [0, 4])
 def test_a_step_of_nothing_gives_padding(backend: tuple[Backend, int], padding: int) -> None:
     world = AttentionWorld(*backend, window=4)
-    nothing = world._plan(((0, 1),), 0).only(np.array([False]))
+    nothing = world._plan(((0, 1),), 0).without({0})
     q, k, v = (world.draw(padding, heads) for heads in (4, 2, 2))
     out = world.attention.attend(GLOBAL, q, k, v, world.attention.prepare(nothing, world.rows))
     assert out.shape == (padding, 4, 16)

@@ -1,5 +1,6 @@
 """From a directory to an engine: what `auto` becomes, what is refused, what the engine says of itself."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.load import load_engine, settle_backend, settle_device, usable_cores
+from cabochon.engine.load import _model_class, load_engine, settle_backend, settle_device, usable_cores
 from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
@@ -119,6 +120,38 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match="attention_backend must be torch on this cpu"):
         settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"))
+
+
+def test_fp8_pages_are_refused_where_nothing_reads_them(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_gemma2_dir / "config.json", tmp_path)  # before weights are looked for
+    message = (
+        "kv_dtype must be auto with the torch attention backend, got fp8: use auto, or a GPU and"
+        " attention_backend triton"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load(tmp_path, kv_dtype="fp8")
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(("kv_dtype", "head_bytes"), [("auto", 16 * 4), ("fp8", 16 + 4)])
+def test_fp8_pages_hold_more_tokens(tiny_gemma2_dir: Path, kv_dtype: str, head_bytes: int) -> None:
+    _, info = load(tiny_gemma2_dir, kv_dtype=kv_dtype, attention_backend="triton")
+    page_bytes = layout_of(tiny_gemma2_dir).page_bytes // (16 * 4) * head_bytes
+    assert info.num_pages == int(0.002 * 2**30) // page_bytes
+    assert info.kv_bytes == (info.num_pages + 1) * page_bytes
+    assert info.dtype == "fp32"
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "name"),
+    [("torch", 16, "Gemma"), ("triton", 16, "FusedGemma"), ("triton", 24, "Gemma")],
+)
+def test_the_fused_model_is_taken_where_its_kernels_run(
+    tiny_gemma2_dir: Path, backend: str, head_dim: int, name: str
+) -> None:
+    config = dataclasses.replace(load_model_config(tiny_gemma2_dir), head_dim=head_dim)
+    assert _model_class(backend, config).__name__ == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp32", 4)])
