@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cabochon.engine.attention import Attention, positions_of
 from cabochon.engine.linear import ROW_MULTIPLE
-from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.logprobs import ExactLogits, prompt_parts, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
@@ -41,6 +41,10 @@ class StepRunner(ABC):
 
         Results have one token per True of plan.samples, in order.
         """
+
+    def get_ready(self) -> bool:
+        """While idle: a piece of work that makes later steps faster. Returns whether there may be more."""
+        return False
 
     @abstractmethod
     def last_logits(self, row: int, rows: Rows) -> Tensor:
@@ -110,27 +114,22 @@ class Runner(StepRunner):
         return self._model.hidden(moved, inputs, self._attention)
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
-        """Position p tells of the prompt token at p + 1. In pieces of rows: [T, V] is never whole."""
+        """In pieces of rows: [T, V] is never whole."""
         found: dict[int, PromptLogprobs] = {}
-        firsts = np.cumsum(plan.lens) - plan.lens
-        for seq in np.flatnonzero(plan.starts < rows.num_prompt[plan.rows]).tolist():
-            row, start, token = int(plan.rows[seq]), int(plan.starts[seq]), int(firsts[seq])
-            count = self.sampler.prompt_logprobs(row)
-            if count is not None:
-                num_known = min(int(plan.lens[seq]), int(rows.num_prompt[row]) - 1 - start)  # next is prompt
-                next_ids = rows.token_ids[row, start + 1 : start + 1 + num_known]
-                found[row] = PromptLogprobs(start, [])
-                for part in range(0, num_known, LOGITS_ROWS):
-                    some = hidden[token + part : token + min(part + LOGITS_ROWS, num_known)]
-                    part_ids = next_ids[part : part + LOGITS_ROWS].astype(np.int64)
-                    ids = torch.from_numpy(part_ids).to(hidden.device)
-                    found[row].logprobs.extend(self._logprobs(some, ids, count))
+        for part in prompt_parts(plan, rows, lambda row: self.sampler.prompt_logprobs(row) is not None):
+            count = self.sampler.prompt_logprobs(part.row) or 0
+            found[part.row] = PromptLogprobs(part.start, [])
+            for done in range(0, len(part.next_ids), LOGITS_ROWS):
+                ids = torch.from_numpy(part.next_ids[done : done + LOGITS_ROWS].astype(np.int64))
+                some = hidden[part.first + done :][: len(ids)]
+                found[part.row].logprobs.extend(self._logprobs(some, ids.to(hidden.device), count))
         return found
 
     def _logprobs(self, hidden: Tensor, token_ids: Tensor, count: int) -> list[TokenLogprobs]:
         logits = self.logits(hidden)
         exact = self._exact(hidden, logits)
-        return token_logprobs(logits.float(), token_ids, count, self._model.config.final_softcap, exact)
+        cap = self._model.config.final_softcap
+        return token_logprobs(logits.float(), token_ids, count, cap, exact).rows()
 
     def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
         logits = self.logits(hidden)

@@ -97,7 +97,7 @@ class FusedGemma(Gemma):
         out = attention.attend_pages(index, step.q, inputs, out=step.attended)
         return layer.out(out.flatten(1))
 
-    def _normed(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor) -> Tensor:
         out = torch.empty_like(hidden)
         rms_norm(hidden, self._final_norm, self.config.norm_eps, out=out)
         return out

@@ -89,15 +89,25 @@ class Gemma:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R', E], R' a multiple of 4. Returns [R', V], not softcapped, in the working dtype."""
-        return self._head(self._normed(hidden))
+        return self.head(self.normed(hidden))
+
+    def head(self, normed: Tensor) -> Tensor:
+        """normed: [R', E], after the final norm. Returns [R', V]."""
+        return self._head(normed)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm. hidden: [R, E]."""
+        return rms_norm(hidden, self._final_norm, self.config.norm_eps)
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, E], the head's weight too."""
+        return self._embedding
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Uncapped logits of some (row, token) pairs. hidden: [C, E]. token_ids: [C]. Returns [C] fp32."""
         rows = self._embedding.index_select(0, token_ids).float()
-        return (self._normed(hidden).float() * rows).sum(-1)
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self._final_norm, self.config.norm_eps)
+        return (self.normed(hidden).float() * rows).sum(-1)
 
     def _forward_layer(
         self,
