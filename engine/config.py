@@ -18,6 +18,9 @@ class EngineConfig:
         "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )
     attention_backend: Literal["auto", "torch", "triton"] = "auto"  # auto: triton on a GPU, torch on a CPU
+    quantization: Literal["none", "fp8"] = (
+        "none"  # fp8: weights in half the bytes, an approximation; GPUs of compute capability 8.9 and up
+    )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
     step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
@@ -34,6 +37,8 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype must be auto, bf16 or fp32, got {self.dtype}: Gemma overflows in fp16, use bf16"
             )
+        if self.quantization not in ("none", "fp8"):
+            raise ConfigError(f"quantization must be none or fp8, got {self.quantization}: use none")
         if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(f"page_tokens must be a power of two, got {self.page_tokens}: 16 is usual")
         if self.max_seqs < 1:

@@ -23,6 +23,7 @@ from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.linear import Fp8Linear, Linear, MakeLinear
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Checkpoint
 from cabochon.engine.models.config import ModelConfig
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU_POOL_GIB = 2.0
+FP8_CAPABILITY = (8, 9)  # Ada, L4
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 
 
@@ -60,6 +62,7 @@ def load_engine(
     backend = settle_backend(config, device)
     dtype_name = _settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
+    make_linear = settle_linear(config, device, dtype_name)
     layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
@@ -69,7 +72,7 @@ def load_engine(
     grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
     if expects_grammars:
         grammars.start()
-    model = _load_model(model_config, model_dir, dtype, device, max_len, on_progress)
+    model = _load_model(model_config, model_dir, dtype, device, max_len, make_linear, on_progress)
     builder = _CoreBuilder(config, model, layout, device, dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
@@ -91,6 +94,7 @@ def load_engine(
         num_groups=layout.num_groups,
         kv_bytes=pages.num_bytes,
         weight_bytes=model.num_bytes,
+        quantization=config.quantization,
         load_s=time.monotonic() - started_s,
     )
     logger.info(
@@ -156,6 +160,26 @@ def _settle_dtype(config: EngineConfig, device: torch.device) -> str:
     return config.dtype
 
 
+def settle_linear(config: EngineConfig, device: torch.device, dtype_name: str) -> MakeLinear:
+    """How weights are kept. Raises ConfigError if fp8 is asked for where it cannot run."""
+    if config.quantization == "none":
+        return Linear
+    if device.type == "cpu":
+        logger.warning(
+            "quantization=fp8 device=cpu is emulated, slower than none and no smaller: to measure quality"
+        )
+        return Fp8Linear
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ConfigError(
+            "quantization must be none on a GPU of compute capability below 8.9, which has no fp8 products,"
+            f" got fp8 and {capability[0]}.{capability[1]}: use none"
+        )
+    if dtype_name != "bf16":
+        raise ConfigError(f"dtype must be bf16 with quantization fp8 on a GPU, got {dtype_name}: use bf16")
+    return Fp8Linear
+
+
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
     """Cores that this process may use at once: by affinity, and by the CPU limit of its container."""
     cores = len(os.sched_getaffinity(0))
@@ -199,6 +223,7 @@ def _load_model(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    make_linear: MakeLinear,
     on_progress: Progress | None,
 ) -> Gemma:
     checkpoint = Checkpoint(model_dir)
@@ -212,7 +237,7 @@ def _load_model(
             on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
-    model = Gemma(config, load, max_model_len)
+    model = Gemma(config, load, max_model_len, make_linear)
     checkpoint.close()
     return model
 

@@ -43,7 +43,7 @@ def quantize_rows(x: Tensor, *, out: Tensor, scales: Tensor) -> None:
 
 
 def _tile(row_len: int) -> int:
-    return min(triton.next_power_of_2(row_len), MAX_TILE)
+    return min(int(triton.next_power_of_2(row_len)), MAX_TILE)
 
 
 @triton.jit
