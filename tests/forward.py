@@ -8,6 +8,7 @@ import torch
 from cabochon.engine.attention import TorchAttention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
@@ -27,8 +28,11 @@ class Forward:
         max_seqs: int = 8,
         max_len: int = 512,
         seed: int = 0,
+        make_linear: MakeLinear = Linear,
     ) -> None:
-        self.model = Gemma(config, lambda name, shape: weights[name].to(dtype).view(shape), max_len)
+        self.model = Gemma(
+            config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear
+        )
         self.layout = kv_layout(config, page_tokens, dtype.itemsize)
         per_seq = -(-max_len // page_tokens) * self.layout.num_groups
         self.pages = KVPages(config, self.layout, max_seqs * per_seq, dtype, torch.device("cpu"))
