@@ -1,7 +1,6 @@
 """Gemma with fp8 weights: near the unquantized one, one model in all it says, loaded in little memory."""
 
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
