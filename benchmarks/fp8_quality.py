@@ -48,25 +48,37 @@ class Fp8KVAttention(TorchAttention):
     """Keys and values as e4m3 pages would give them back."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: TorchInputs) -> Tensor:
-        return super().attend(layer, q, _through_e4m3(k), _through_e4m3(v), inputs)
+        return super().attend(layer, q, through_e4m3(k), through_e4m3(v), inputs)
+
+
+def through_e4m3(x: Tensor) -> Tensor:
+    """x as e4m3 and a scale per row of its last axis give it back."""
+    values, scales = quantize_rows(x)
+    return (values.float() * scales[..., None]).to(x.dtype)
+
+
+def rounded_weight(weight: Tensor) -> Linear:
+    """Only the weight in e4m3: what a kernel for bf16 activations would compute."""
+    return Linear(through_e4m3(weight))
 
 
 class Variant(NamedTuple):
-    """is_head_fp8 asks for more than fp8 layers: the tied head's copy too."""
+    """What differs from fp32."""
 
     dtype: torch.dtype = torch.float32
-    are_layers_fp8: bool = False
-    is_head_fp8: bool = False
+    layers: MakeLinear = Linear
+    head: MakeLinear = Linear
     attention: type[TorchAttention] = TorchAttention
 
 
 VARIANTS = {
     "bf16": Variant(torch.bfloat16),
-    "fp8 layers": Variant(are_layers_fp8=True),
-    "fp8 layers and head": Variant(are_layers_fp8=True, is_head_fp8=True),
+    "fp8 layers": Variant(layers=Fp8Linear),
+    "fp8 layers and head": Variant(layers=Fp8Linear, head=Fp8Linear),
     "fp8 KV": Variant(attention=Fp8KVAttention),
-    "fp8 layers, head and KV": Variant(are_layers_fp8=True, is_head_fp8=True, attention=Fp8KVAttention),
-    "bf16, fp8 layers and head": Variant(torch.bfloat16, are_layers_fp8=True, is_head_fp8=True),
+    "fp8 layers, head and KV": Variant(layers=Fp8Linear, head=Fp8Linear, attention=Fp8KVAttention),
+    "bf16, fp8 layers and head": Variant(torch.bfloat16, Fp8Linear, Fp8Linear),
+    "e4m3 weights of layers and head alone": Variant(layers=rounded_weight, head=rounded_weight),
 }
 
 
@@ -128,18 +140,9 @@ def load(directory: Path, config: ModelConfig, variant: Variant, window_tokens: 
 def _make_linear(config: ModelConfig, variant: Variant) -> MakeLinear:
     def make(weight: Tensor) -> AnyLinear:
         is_head = weight.shape[0] == config.vocab_size
-        return (
-            Fp8Linear(weight)
-            if (variant.is_head_fp8 if is_head else variant.are_layers_fp8)
-            else Linear(weight)
-        )
+        return (variant.head if is_head else variant.layers)(weight)
 
     return make
-
-
-def _through_e4m3(x: Tensor) -> Tensor:
-    values, scales = quantize_rows(x)
-    return (values.float() * scales[..., None]).to(x.dtype)
 
 
 def windows_of(text: str, tokenizer: Tokenizer, bos: int, count: int, window_tokens: int) -> list[list[int]]:
