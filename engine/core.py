@@ -136,6 +136,17 @@ class EngineCore:
         outputs += [output for output in new if output.request_id not in gone]
         refusals += failed
 
+    @property
+    def num_unprepared(self) -> int:
+        """How often `get_ready` has something to do."""
+        return self._runner.num_unprepared
+
+    def get_ready(self) -> bool:
+        """While idle: a piece of work that makes later steps faster. Returns whether there is more."""
+        assert not self.has_work, "a step may be running"
+        self._runner.get_ready()
+        return self.num_unprepared > 0
+
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
         assert not self.has_work, "the rows are in use"

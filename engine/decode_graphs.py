@@ -74,29 +74,31 @@ class DecodeGraphs:
         self._sampler = sampler
         self._capture = capture
         self._missing = sorted(sizes)
-        self._steps: dict[int, Graph] = {}
+        self._graphs: dict[int, Graph] = {}
 
     def find(self, num_rows: int) -> Graph | None:
         """The smallest captured step that holds num_rows."""
-        size = min((size for size in self._steps if size >= num_rows), default=None)
-        return None if size is None else self._steps[size]
+        size = min((size for size in self._graphs if size >= num_rows), default=None)
+        return None if size is None else self._graphs[size]
 
-    def capture_next(self) -> bool:
-        """Capture the largest that is missing. Returns whether there are more. Only while no step runs."""
+    @property
+    def num_missing(self) -> int:
+        return len(self._missing)
+
+    def capture_next(self) -> None:
+        """Capture the largest that is missing, if any. Only while no step runs."""
         if not self._missing:
-            return False
+            return
         size = self._missing.pop()
         try:
-            self._steps[size] = self._captured(size)
+            self._graphs[size] = self._captured(size)
         except torch.OutOfMemoryError:
-            logger.warning("decode graphs end at %d of %d sizes: no memory for more", *self._progress())
+            logger.warning(
+                "decode graphs=%d missing=%d: no memory for more", len(self._graphs), len(self._missing) + 1
+            )
             self._missing.clear()
         if not self._missing:
-            logger.info("decode graphs ready=%d largest=%d", len(self._steps), max(self._steps, default=0))
-        return bool(self._missing)
-
-    def _progress(self) -> tuple[int, int]:
-        return len(self._steps), len(self._steps) + len(self._missing) + 1
+            logger.info("decode graphs=%d largest=%d", len(self._graphs), max(self._graphs, default=0))
 
     @torch.inference_mode()
     def _captured(self, size: int) -> Graph:

@@ -85,8 +85,13 @@ class DeviceRunner(StepRunner):
         num_prompt = len(request.message.prompt_ids)
         self._rows.stage_row(request.row, request.token_ids, num_prompt, row_sampling(request))
 
-    def get_ready(self) -> bool:
-        return self.graphs is not None and self.graphs.capture_next()
+    @property
+    def num_unprepared(self) -> int:
+        return 0 if self.graphs is None else self.graphs.num_missing
+
+    def get_ready(self) -> None:
+        if self.graphs is not None:
+            self.graphs.capture_next()
 
     @torch.inference_mode()
     def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:

@@ -1,6 +1,5 @@
 """From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the pool."""
 
-import importlib.util
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.flash_probe import check_flash, settle_page_tokens
-from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_peak, pool_bytes, run_probe
+from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_graphs, measure_peak, pool_bytes, run_probe
 from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
@@ -26,13 +25,23 @@ from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Checkpoint
 from cabochon.engine.models.config import ModelConfig
-from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.models.gemma import Gemma, LoadTensor
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.rows import Rows
-from cabochon.engine.runner import Runner
+from cabochon.engine.runner import Runner, StepRunner
 from cabochon.engine.sampler import Sampler
 from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, Scheduler
+from cabochon.engine.settle import (
+    has_triton,
+    model_class_for,
+    settle_backend,
+    settle_device,
+    settle_dtype,
+    settle_kv_dtype,
+    settle_linear,
+)
+from cabochon.engine.streams import stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +67,12 @@ def load_engine(
     model_config = load_model_config(model_dir)
     device = settle_device(config)
     backend = settle_backend(config, device)
-    dtype_name = _settle_dtype(config, device)
+    dtype_name = settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
+    make_linear = settle_linear(config, device, dtype_name)
     if backend == "flash-attn":
         check_flash(device, dtype, model_config.head_dim)
-    kv_dtype = _settle_kv_dtype(config, backend, dtype)
+    kv_dtype = settle_kv_dtype(config, backend, dtype)
     page_tokens = settle_page_tokens(config.page_tokens, backend)
     layout = kv_layout(model_config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
     max_len = _wanted_len(config, model_config)
@@ -73,8 +83,8 @@ def load_engine(
     grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
     if expects_grammars:
         grammars.start()
-    model_class = _model_class(backend, model_config)
-    model = _load_model(model_class, model_config, model_dir, dtype, device, max_len, on_progress)
+    make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
+    model = _load_model(make_model, model_config, model_dir, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
@@ -96,6 +106,7 @@ def load_engine(
         num_groups=layout.num_groups,
         kv_bytes=pages.num_bytes,
         weight_bytes=model.num_bytes,
+        quantization=config.quantization,
         load_s=time.monotonic() - started_s,
     )
     logger.info(
@@ -105,81 +116,6 @@ def load_engine(
         num_pages, layout.page_tokens, info.kv_bytes, info.weight_bytes,
     )  # fmt: skip
     return core, info
-
-
-def settle_device(config: EngineConfig) -> torch.device:
-    """Raises ConfigError if a GPU is asked for and torch sees none."""
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise ConfigError(
-            "device must be cpu where torch finds no NVIDIA GPU, got cuda: install a CUDA build of torch and"
-            " its driver, or use cpu"
-        )
-    if config.device == "auto" and has_gpu:
-        logger.warning("device=cpu reason=the GPU path has not run on a GPU yet, ask for it: --device cuda")
-    return torch.device("cuda" if config.device == "cuda" else "cpu")
-
-
-def settle_backend(config: EngineConfig, device: torch.device) -> Backend:
-    """`auto` says why. Raises ConfigError if Triton is asked for where it cannot run."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    can_triton = has_triton and (
-        device.type == "cuda" or (config.attention_backend == "triton" and _is_interpreted())
-    )
-    if config.attention_backend == "triton" and not can_triton:
-        raise ConfigError(
-            f"attention_backend must be torch on this {device.type}"
-            f" {'with' if has_triton else 'without'} triton installed, got triton: use torch"
-        )
-    if config.attention_backend != "auto":
-        return config.attention_backend
-    if device.type == "cuda" and has_triton:
-        logger.info("attention backend=triton reason=an NVIDIA GPU, and flash-attn is not measured yet")
-        return "triton"
-    logger.info("attention backend=torch reason=%s", "no GPU" if device.type == "cpu" else "no triton")
-    return "torch"
-
-
-def _is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
-    import triton  # never on the start path of a CPU engine
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _settle_dtype(config: EngineConfig, device: torch.device) -> str:
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if config.dtype == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if config.dtype == "bf16" and not has_bf16:
-        raise ConfigError(
-            f"dtype must be fp32 on a {device.type} without bf16 instructions, got bf16: use fp32"
-        )
-    return config.dtype
-
-
-def _settle_kv_dtype(config: EngineConfig, backend: Backend, dtype: torch.dtype) -> torch.dtype:
-    """`auto` is the working dtype. Raises ConfigError for fp8 where nothing reads it."""
-    if config.kv_dtype == "fp8" and backend != "triton":
-        raise ConfigError(
-            f"kv_dtype must be auto with the {backend} attention backend, got fp8: use auto, or a GPU and"
-            " attention_backend triton"
-        )
-    return FP8 if config.kv_dtype == "fp8" else dtype
-
-
-def _model_class(backend: Backend, config: ModelConfig) -> type[Gemma]:
-    if backend != "triton":
-        return Gemma
-    from cabochon.engine.models.fused import (
-        FusedGemma,
-        can_fuse,
-    )  # triton is optional: a CPU has no use for it
-
-    return FusedGemma if can_fuse(config) else Gemma
 
 
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
@@ -220,7 +156,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 
 
 def _load_model(
-    model_class: type[Gemma],
+    make_model: Callable[[ModelConfig, LoadTensor, int], Gemma],
     config: ModelConfig,
     model_dir: Path,
     dtype: torch.dtype,
@@ -239,7 +175,7 @@ def _load_model(
             on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
-    model = model_class(config, load, max_model_len)
+    model = make_model(config, load, max_model_len)
     checkpoint.close()
     return model
 
@@ -276,21 +212,46 @@ class _CoreBuilder:
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
         )
-        sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
-        runner = Runner(model, make_attention(self.backend, model.config, pages), sampler)
-        return EngineCore(scheduler, runner, rows, cache, self.grammars), pages
+        depth = config.step_depth if self.has_device_rows else 1
+        runner = self._runner(rows, pages)
+        return EngineCore(scheduler, runner, rows, cache, self.grammars, depth=depth), pages
+
+    @property
+    def has_device_rows(self) -> bool:
+        """Where the kernels run that prepare and sample; elsewhere the host does both."""
+        return self.backend == "triton" or (self.device.type == "cuda" and has_triton())
+
+    def _runner(self, rows: Rows, pages: KVPages) -> StepRunner:
+        model = self.model
+        attention = make_attention(self.backend, model.config, pages)
+        if not self.has_device_rows:
+            sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
+            return Runner(model, attention, sampler)
+        # triton is optional: a CPU has no use for it
+        from cabochon.engine.decode_graphs import capture_cuda
+        from cabochon.engine.device_runner import DeviceRunner
+
+        has_graphs = self.config.cuda_graphs and self.device.type == "cuda" and model.is_graph_safe
+        return DeviceRunner(
+            model,
+            attention,
+            rows,
+            stream_for(self.device),
+            depth=self.config.step_depth,
+            capture=capture_cuda() if has_graphs else None,
+        )
 
     def measured_pages(self, max_model_len: int) -> int:
-        """Pages that fit on the GPU beside the weights and the largest step."""
-        peak = self._peak(max_model_len)
+        """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""
+        taken = self._peak(max_model_len)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         share = self.config.gpu_memory_utilization
-        left = pool_bytes(total=total, used=total - free, peak=peak, utilization=share)
+        left = pool_bytes(total=total, used=total - free, peak=taken, utilization=share)
         return left // self.layout.page_bytes
 
     def _peak(self, max_model_len: int) -> int:
-        """Bytes of the largest step, seen on a core with few pages that ends with this call."""
+        """Bytes of the largest step and of all graphs, seen on a core with few pages that ends with this."""
         config = self.config
         per_row = max(1, config.step_tokens // config.max_seqs) + PROBE_TOKENS
         num_pages = config.max_seqs * self.layout.pages_per_sequence(per_row, per_row)
@@ -302,4 +263,4 @@ class _CoreBuilder:
             max_seqs=config.max_seqs,
             max_model_len=max_model_len,
         )
-        return measure_peak(probe, self.device)
+        return measure_peak(probe, self.device) + measure_graphs(core, self.device)

@@ -42,9 +42,14 @@ class StepRunner(ABC):
         Results have one token per True of plan.samples, in order.
         """
 
-    def get_ready(self) -> bool:
-        """While idle: a piece of work that makes later steps faster. Returns whether there may be more."""
-        return False
+    @property
+    def num_unprepared(self) -> int:
+        """Pieces of work that would make later steps faster."""
+        return 0
+
+    def get_ready(self) -> None:
+        """While idle: do one of them, if there is one."""
+        assert not self.num_unprepared
 
     @abstractmethod
     def last_logits(self, row: int, rows: Rows) -> Tensor:

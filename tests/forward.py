@@ -9,6 +9,7 @@ import torch
 from cabochon.engine.attention import make_attention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
+from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
@@ -31,8 +32,11 @@ class Forward:
         max_seqs: int = 8,
         max_len: int = 512,
         seed: int = 0,
+        make_linear: MakeLinear = Linear,
     ) -> None:
-        self.model = model_class(config, lambda name, shape: weights[name].to(dtype).view(shape), max_len)
+        self.model = model_class(
+            config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear
+        )
         kv_dtype = kv_dtype or dtype
         self.layout = kv_layout(config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
         per_seq = -(-max_len // page_tokens) * self.layout.num_groups

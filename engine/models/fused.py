@@ -46,6 +46,8 @@ class _Step(NamedTuple):
 class FusedGemma(Gemma):
     """Gemma with the same weights, for TritonAttention alone."""
 
+    is_graph_safe = True
+
     def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
         super().__init__(config, load, max_model_len)
         self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing

@@ -30,6 +30,7 @@ THREADS = "threads must be at least 1, got {}: leave it out for all cores"
         ("dtype", None, DTYPE),
         ("kv_dtype", "fp16", KV_DTYPE),
         ("kv_dtype", None, KV_DTYPE),
+        ("quantization", "int4", "quantization must be none or fp8, got int4: use none"),
         ("page_tokens", 0, PAGE),
         ("page_tokens", -16, PAGE),
         ("page_tokens", 3, PAGE),
