@@ -2,11 +2,16 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from forward import Forward
+from random_gemma import model_config, random_gemma2
 
 from cabochon.engine.llm import LLM
+from cabochon.engine.plan import Plan
 from cabochon.engine.sampling_params import SamplingParams
 
 
@@ -37,6 +42,27 @@ def test_chunks_hits_decodes_and_windows_give_the_tokens_of_the_torch_backend(
     tail = prompts[0][:6]
     close = [model_engine.core.prompt_logits(tail) for model_engine in (ours, oracle)]
     assert (close[0] - close[1]).abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("work", [((0, 1), (1, 2)), ((0, 1),), ((1, 2),)], ids=str)
+def test_rows_of_no_sequence_are_zero(work: tuple[tuple[int, int], ...]) -> None:
+    """Whatever the memory held: for models that write K and V by attend."""
+    hf = random_gemma2(num_hidden_layers=2)
+    forward = Forward(model_config(hf.config), dict(hf.state_dict()), backend="triton", max_len=64)
+    rows = [forward.add(list(range(3, 9))) for _ in range(2)]
+    forward.step([(rows[0], 5)])
+    forward.step([(rows[row], n) for row, n in work])  # gives their tokens pages
+    row_ids, lens = np.array(work, np.int32).T
+    starts = forward.rows.num_computed[row_ids] - lens
+    plan = Plan(row_ids, starts, lens, np.ones(len(work), bool), int((lens == 1).sum()))
+    inputs = forward.attention.prepare(plan, forward.rows)
+    q, k, v = (torch.ones(8, heads, 16) for heads in (4, 2, 2))
+    poison = torch.full_like(q, torch.nan)
+    with mock.patch.object(torch, "empty_like", return_value=poison):
+        out = forward.attention.attend(0, q, k, v, inputs)
+    assert (out[: lens.sum()] != 0).all()
+    assert not out[lens.sum() :].any()
 
 
 @pytest.mark.usefixtures("triton_interpreter")
