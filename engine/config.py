@@ -24,7 +24,7 @@ class EngineConfig:
         "auto"  # auto: as dtype; fp8 holds nearly twice the tokens, rounded to e4m3; triton only
     )
     quantization: Literal["none", "fp8"] = (
-        "none"  # fp8: weights in half the bytes, an approximation; GPUs of compute capability 8.9 and up
+        "none"  # fp8: layers in half the bytes, an approximation; GPUs of compute capability 8.9 and up
     )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer

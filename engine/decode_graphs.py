@@ -18,6 +18,8 @@ from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.triton_attention import TritonInputs
 from cabochon.kernels.prepare_inputs import DecodeInputs, decode_inputs, prepare_decodes
 
+LARGEST = 256  # rows: beyond, the launches of a step cost little beside its work
+
 logger = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
@@ -25,9 +27,10 @@ Capture = Callable[[Replay], Replay]  # what is to be done -> what does it again
 
 
 def graph_sizes(max_seqs: int) -> list[int]:
-    """1, 2, 4, then multiples of 8, of 16 from 64 on; the last holds max_seqs rows."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_seqs + 16, 16)]
-    last = next(i for i, size in enumerate(sizes) if size >= max_seqs)
+    """1, 2, 4, then multiples of 8, of 16 from 64 on; the last holds max_seqs rows, but 256 at most."""
+    wanted = min(max_seqs, LARGEST)
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, LARGEST + 16, 16)]
+    last = next(i for i, size in enumerate(sizes) if size >= wanted)
     return sizes[: last + 1]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cabochon.engine.attention import Attention
-from cabochon.engine.decode_graphs import Capture, DecodeGraphs, Graph, graph_sizes
+from cabochon.engine.decode_graphs import Capture, DecodeGraphs, Graph
 from cabochon.engine.device_rows import DeviceRows
 from cabochon.engine.device_sampler import SAMPLED_ROWS, DeviceSampler, last_rows, row_sampling
 from cabochon.engine.linear import ROW_MULTIPLE
@@ -61,9 +61,8 @@ class DeviceRunner(StepRunner):
         stream: Stream,
         *,
         depth: int,
-        capture: Capture | None,
     ) -> None:
-        """capture: how decode graphs are made; None: there are none."""
+        """depth: steps on the stream at once, at most."""
         device = model.embedding.device
         self._model = model
         self._attention = attention
@@ -73,11 +72,12 @@ class DeviceRunner(StepRunner):
         self._sampler = DeviceSampler(model, self._rows, rows.max_seqs)
         self._requests: dict[int, Request] = {}
         self.graphs: DecodeGraphs | None = None
-        if capture is not None:
-            sizes = graph_sizes(min(rows.max_seqs, SAMPLED_ROWS))
-            self.graphs = DecodeGraphs(
-                model, attention, self._rows, self._sampler, sizes=sizes, capture=capture
-            )
+
+    def add_graphs(self, sizes: list[int], capture: Capture) -> None:
+        """Pure decodes of up to max(sizes) rows become graphs, captured one by one by get_ready."""
+        self.graphs = DecodeGraphs(
+            self._model, self._attention, self._rows, self._sampler, sizes=sizes, capture=capture
+        )
 
     def admit(self, request: Request) -> None:
         assert request.row is not None

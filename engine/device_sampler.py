@@ -40,7 +40,8 @@ class DeviceSampler:
     def __init__(self, model: Gemma, rows: DeviceRows, max_rows: int) -> None:
         self._model = model
         self._rows = rows
-        self._buffers = SampleBuffers(min(max_rows, SAMPLED_ROWS), rows.sampling)
+        padded = -(-max_rows // 16) * 16  # a graph has padding among its rows
+        self._buffers = SampleBuffers(min(padded, SAMPLED_ROWS), rows.sampling)
 
     def choose(self, hidden: Tensor, row_ids: Tensor) -> Tensor:
         """hidden: [R, E], before the final norm. row_ids: [R] int32, −1: no token for this one.
@@ -57,7 +58,8 @@ class DeviceSampler:
         normed = self._model.normed(hidden)
         logits = self._model.head(normed)[: len(row_ids)]
         exact = None
-        if logits.dtype != torch.float32:  # rounded: ties are settled by exact products
+        if logits.dtype != torch.float32 and not self._model.has_quantized_head:
+            # Rounding made ties: exact products settle them. A quantized head's are not the embedding's
             exact = KernelExactLogits(normed, self._model.embedding)
         rows = self._rows
         tokens = sample(

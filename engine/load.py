@@ -228,18 +228,14 @@ class _CoreBuilder:
             sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
             return Runner(model, attention, sampler)
         # triton is optional: a CPU has no use for it
-        from cabochon.engine.decode_graphs import capture_cuda
+        from cabochon.engine.decode_graphs import capture_cuda, graph_sizes
         from cabochon.engine.device_runner import DeviceRunner
 
-        has_graphs = self.config.cuda_graphs and self.device.type == "cuda" and model.is_graph_safe
-        return DeviceRunner(
-            model,
-            attention,
-            rows,
-            stream_for(self.device),
-            depth=self.config.step_depth,
-            capture=capture_cuda() if has_graphs else None,
-        )
+        config = self.config
+        runner = DeviceRunner(model, attention, rows, stream_for(self.device), depth=config.step_depth)
+        if config.cuda_graphs and self.device.type == "cuda" and model.is_graph_safe:
+            runner.add_graphs(graph_sizes(config.max_seqs), capture_cuda())
+        return runner
 
     def measured_pages(self, max_model_len: int) -> int:
         """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cabochon.engine.attention import Attention, AttentionInputs
+from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma, LoadTensor
 from cabochon.engine.triton_attention import TritonAttention, TritonInputs
@@ -48,8 +49,10 @@ class FusedGemma(Gemma):
 
     is_graph_safe = True
 
-    def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
-        super().__init__(config, load, max_model_len)
+    def __init__(
+        self, config: ModelConfig, load: LoadTensor, max_model_len: int, make_linear: MakeLinear = Linear
+    ) -> None:
+        super().__init__(config, load, max_model_len, make_linear)
         self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing
 
     def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:

@@ -104,6 +104,10 @@ class Gemma:
         return rms_norm(hidden, self._final_norm, self.config.norm_eps)
 
     @property
+    def has_quantized_head(self) -> bool:
+        return not isinstance(self._head, Linear)
+
+    @property
     def embedding(self) -> Tensor:
         """[V, E], the head's weight too."""
         return self._embedding

@@ -8,8 +8,10 @@ import torch
 from random_gemma import oracle_greedy
 from transformers import AutoModelForCausalLM
 
+from cabochon.engine.linear import Fp8Linear
 from cabochon.engine.llm import LLM
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.kernels.definitions import quantize_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +72,48 @@ def test_the_pool_is_sized_from_what_a_real_step_leaves(tiny_gemma2_dir: Path) -
     total = torch.cuda.get_device_properties(0).total_memory
     assert 0 < llm.info.kv_bytes < 0.1 * total
     assert llm.generate([[5, 6, 7]])[0].token_ids
+
+
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="no fp8 products below compute capability 8.9",
+)
+
+
+@needs_fp8
+@pytest.mark.parametrize(("n", "k"), [(131, 64), (2304, 9216), (18432, 2304)])
+@pytest.mark.parametrize("rows", [4, 64, 512])
+def test_an_fp8_product_is_that_of_the_quantized_operands_in_a_graph_too(n: int, k: int, rows: int) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    weight, x = (torch.randn(m, k, generator=g, device="cuda", dtype=torch.bfloat16) for m in (n, rows))
+    linear = Fp8Linear(weight)
+    linear(x)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear(x)
+    x.copy_(torch.randn(rows, k, generator=g, device="cuda"))
+    x[1], x[2, 3] = 0, torch.nan
+    graph.replay()
+    a, b = (values.double() * scales[:, None].double() for values, scales in map(quantize_rows, (x, weight)))
+    truth, sizes = a @ b.T, a.abs() @ b.abs().T
+    finite = torch.arange(rows, device="cuda") != 2
+    allowed = (
+        torch.finfo(torch.bfloat16).eps * truth.abs() + 1e-3 * sizes
+    )  # tensor cores keep few bits of sums
+    assert ((out.double() - truth).abs() <= allowed)[finite].all()
+    assert not out[2].isfinite().any()
+    assert not out[1].any()
+
+
+@needs_fp8
+@pytest.mark.parametrize("model", ["tiny_gemma2_dir", "tiny_gemma3_dir"])
+def test_fp8_tokens_are_near_those_of_the_emulation(request: pytest.FixtureRequest, model: str) -> None:
+    directory = request.getfixturevalue(model)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    on_gpu, on_cpu = (
+        engine(directory, device=device, dtype="bf16", quantization="fp8") for device in ("cuda", "cpu")
+    )
+    prompts = [list(range(6, 6 + n)) for n in range(1, 65)]
+    got, expected = ([one.token_ids for one in llm.generate(prompts, params)] for llm in (on_gpu, on_cpu))
+    assert sum(a == b for a, b in zip(got, expected, strict=True)) >= 0.8 * len(prompts)
+    assert on_gpu.info.weight_bytes < on_cpu.info.weight_bytes

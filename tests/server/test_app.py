@@ -1,10 +1,14 @@
 """The routes, over a FakeEngine whose answer is the prompt's own tokens."""
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_server import CHAT, COMPLETIONS, TOKENIZER, LiveServer, events, wait_until
+from fake_server import CHAT, COMPLETIONS, TOKENIZER, LiveServer, events, fake_service, wait_until
+
+from cabochon.engine.fake import FAKE_INFO, FakeEngine
+from cabochon.server.service import VERSION
 
 CHAT_PROMPT = "<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n"
 CHAT_IDS = TOKENIZER.encode(CHAT_PROMPT, add_special_tokens=False).ids
@@ -340,3 +344,9 @@ def test_cached_tokens_are_reported_once_per_prompt(live: LiveServer) -> None:
 def test_echo_is_the_text_as_it_was_sent(live: LiveServer) -> None:
     text = "<start_of_turn>user ▁world"
     assert live.complete(text, max_tokens=1, echo=True).json()["choices"][0]["text"].startswith(text)
+
+
+@pytest.mark.parametrize(("quantization", "ending"), [("none", "fp32"), ("fp8", "fp32-fp8")])
+def test_the_fingerprint_tells_quantized_weights_apart(quantization: str, ending: str) -> None:
+    engine = FakeEngine(dataclasses.replace(FAKE_INFO, quantization=quantization))
+    assert fake_service(engine).fingerprint == f"cabochon-{VERSION}-{ending}"

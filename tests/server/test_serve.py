@@ -1,6 +1,7 @@
 """A server process as clients and Kubernetes meet it: the real `openai` client, signals, death."""
 
 import asyncio
+import dataclasses
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 from fake_server import wait_until
 
 from cabochon.engine.errors import ConfigError
-from cabochon.server.serve import bind
+from cabochon.engine.fake import FAKE_INFO, FakeEngine
+from cabochon.server.serve import _print_banner, bind
 
 TESTS = Path(__file__).parents[1]
 
@@ -93,6 +95,13 @@ def test_the_banner_says_what_is_served_and_where(server: ServerProcess) -> None
         "curl http://127",
     ):
         assert words in server.banner
+
+
+def test_the_banner_says_that_weights_are_quantized(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(dataclasses.replace(FAKE_INFO, dtype="bf16", quantization="fp8"))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        _print_banner(engine, sock, has_ui=False)
+    assert "fake (FakeForCausalLM, bf16, weights fp8, 0.00 GiB of weights)" in capsys.readouterr().out
 
 
 def test_openai_chats(client: openai.OpenAI) -> None:

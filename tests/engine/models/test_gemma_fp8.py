@@ -57,10 +57,12 @@ def test_exact_logits_are_those_of_the_quantized_head() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("is_emulated", [True, False])
 @pytest.mark.parametrize("model", ["tiny_gemma2_dir", "tiny_gemma3_dir"])
 def test_an_engine_with_fp8_weights_gives_the_same_tokens_alone_or_not(
-    request: pytest.FixtureRequest, model: str, dtype: str
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str, is_emulated: bool, dtype: str
 ) -> None:
+    monkeypatch.setattr(torch._C, "_has_mkldnn", is_emulated)  # else _scaled_mm, whose head is padded
     llm = LLM(str(request.getfixturevalue(model)), dtype=dtype, quantization="fp8", **CPU)
     assert llm.info.quantization == "fp8"
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
