@@ -1,0 +1,106 @@
+"""The engine on random weights, driven step by step as its process drives it."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from random_weights import RandomCheckpoint, directory
+from transformers import Gemma2Config
+
+from cabochon.engine.config import EngineConfig
+from cabochon.engine.core import EngineCore
+from cabochon.engine.kv_layout import kv_layout
+from cabochon.engine.load import load_engine
+from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
+from cabochon.engine.models.config import ModelConfig
+from cabochon.engine.models.hf_config import load_model_config
+from cabochon.engine.sampling_params import SamplingParams
+from cabochon.engine.scheduler import MAX_CHUNK_TOKENS
+
+GIB = 2**30
+PAGE_TOKENS = 16
+SPARE = 1.1  # the scheduler admits nobody into the last pages
+ITEM_BYTES = {"bf16": 2, "fp32": 4}
+numbers = itertools.count()
+
+
+def make_core(
+    config: Gemma2Config,
+    device: str,
+    dtype: str,
+    *,
+    max_seqs: int,
+    max_tokens: int,
+    step_tokens: int,
+    **options: object,
+) -> tuple[EngineCore, EngineInfo, ModelConfig]:
+    """An engine whose pages hold max_seqs sequences of max_tokens, without a prefix cache."""
+    with directory(config) as folder:
+        model = load_model_config(folder)
+        layout = kv_layout(model, PAGE_TOKENS, ITEM_BYTES[dtype])
+        pages = max_seqs * layout.pages_per_sequence(max_tokens, min(step_tokens, MAX_CHUNK_TOKENS))
+        defaults: dict[str, object] = {
+            "model": "random", "device": device, "dtype": dtype, "max_seqs": max_seqs,
+            "step_tokens": max(step_tokens, max_seqs), "prefix_caching": False, "page_tokens": PAGE_TOKENS,
+            "max_model_len": max_tokens, "kv_cache_gib": (pages * SPARE + 1) * layout.page_bytes / GIB,
+            "threads": 1 if device == "cpu" else None,  # a dry run measures nothing
+        }  # fmt: skip
+        core, info = load_engine(
+            EngineConfig(**{**defaults, **options}),  # type: ignore[arg-type]
+            folder,
+            checkpoint=RandomCheckpoint(),
+        )
+    return core, info, model
+
+
+def random_prompts(vocab: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths, without special tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab, length).tolist() for length in lengths]
+
+
+def add(core: EngineCore, prompt: list[int], params: SamplingParams) -> str:
+    """Hand a request to the engine. Returns its id."""
+    name = f"r{next(numbers)}"
+    core.add(GenerateRequest(request_id=name, prompt_ids=prompt, params=params))
+    return name
+
+
+def step(core: EngineCore) -> list[RequestOutput]:
+    """One step. Raises AssertionError if the engine gave up a request."""
+    outputs, refusals = core.step()
+    assert not refusals, f"refused: {refusals[0].error} {refusals[0].message}"
+    return outputs
+
+
+def generate(
+    core: EngineCore, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> list[list[int]]:
+    """Run all to their ends, in one batch. Returns their tokens."""
+    names = [add(core, prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    while core.has_work:
+        for output in step(core):
+            tokens[output.request_id] += output.token_ids
+    return [tokens[name] for name in names]
+
+
+def visible_keys(model: ModelConfig, lens: NDArray[np.int64]) -> int:
+    """Keys that one query at the end of each sequence sees, summed over sequences and layers."""
+    return sum(
+        int(np.minimum(lens, model.window).sum() if is_sliding else lens.sum())
+        for is_sliding in model.is_sliding
+    )
+
+
+def key_bytes(model: ModelConfig, itemsize: int) -> int:
+    """K and V of one token in one layer."""
+    return 2 * model.num_kv_heads * model.head_dim * itemsize
+
+
+def sync(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
