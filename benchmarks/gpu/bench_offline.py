@@ -10,9 +10,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from cases import OPTIONS, Row, arguments, run_cases
 from device_rates import environment
 from random_engine import generate, make_core, random_prompts, sync
@@ -22,6 +24,7 @@ from transformers import GenerationConfig
 from cabochon.engine.sampling_params import SamplingParams
 
 FAST = {"cuda_graphs": True, "step_depth": 2}
+MAX_BATCH_TOKENS = 4096  # as ours
 Run = Callable[[list[list[int]]], int]  # prompts -> output tokens made
 
 
@@ -29,7 +32,7 @@ def ours(args: Any) -> Run:
     options = {name: value for name, value in FAST.items() if name in OPTIONS and args.device == "cuda"}
     core, _, _ = make_core(
         configuration(args.size), args.device, "bf16", max_seqs=args.seqs,
-        max_tokens=args.prompt_tokens + args.output_tokens + 1, step_tokens=4096, **options,
+        max_tokens=args.prompt_tokens + args.output_tokens + 1, step_tokens=MAX_BATCH_TOKENS, **options,
     )  # fmt: skip
     params = [SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True)] * args.seqs
     return lambda prompts: sum(map(len, generate(core, prompts, params)))
@@ -39,12 +42,26 @@ def generate_batch(args: Any) -> Run:
     """With eager attention: transformers gives its Gemma 2 no other without flash-attn."""
     model = oracle(configuration(args.size), torch.bfloat16, torch.device(args.device))
     config = GenerationConfig(max_new_tokens=args.output_tokens, do_sample=False, eos_token_id=-1)
+    options = {"generation_config": config, "progress_bar": False, **batching(args)}
+    if "persistent_manager" in signature(model.generate_batch).parameters:
+        options["persistent_manager"] = True  # else its graphs are captured in every round
 
     def run(prompts: list[list[int]]) -> int:
-        outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        outputs = model.generate_batch(inputs=prompts, **options)
         return sum(len(output.generated_tokens) for output in outputs.values())
 
     return run
+
+
+def batching(args: Any) -> dict[str, object]:
+    """Room for all requests, twice: its own choice is all of memory, and a mask of as many columns."""
+    make = getattr(transformers, "ContinuousBatchingConfig", None)  # younger than the oldest we take
+    if make is None:
+        return {}
+    config = make(max_batch_tokens=max(args.seqs, MAX_BATCH_TOKENS))
+    page = getattr(config, "page_size", None) or getattr(config, "block_size", None) or 32
+    config.num_blocks = 4 * args.seqs * -(-(args.prompt_tokens + args.output_tokens) // page)
+    return {"continuous_batching_config": config}
 
 
 PROVIDERS: dict[str, Callable[[Any], Run]] = {"cabochon": ours, "transformers generate_batch": generate_batch}

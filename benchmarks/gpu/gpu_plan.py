@@ -106,7 +106,7 @@ def _attention_phases() -> list[Phase]:
 
 def _offline(device: str) -> Phase:
     more = ("--device", device, *(("--tiny",) if device == "cpu" else ()))
-    return Phase(name="offline", argv=python(GPU / "bench_offline.py", *more), limit_s=70)
+    return Phase(name="offline", argv=python(GPU / "bench_offline.py", *more), limit_s=80)
 
 
 def _decode(size: str, *seqs_and_variants: str) -> tuple[str, ...]:

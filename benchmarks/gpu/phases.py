@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Literal
 Row = dict[str, object]
 Status = Literal["ok", "failed", "timeout", "absent", "skipped"]
 
+ROOT = Path(__file__).resolve().parents[2]
 LEAST_S = 5.0  # with less time left, a phase is not started
 MESSAGE_CHARS = 500
 
@@ -97,27 +99,34 @@ def run_phase(
         try:
             process = subprocess.Popen(
                 phase.argv, env={**env, **dict(phase.env)}, stdout=subprocess.PIPE, stderr=complaints,
-                text=True, encoding="utf-8", errors="replace", start_new_session=True,
+                text=True, encoding="utf-8", errors="replace", start_new_session=True, cwd=ROOT,
             )  # fmt: skip
         except OSError as error:
             return "failed", type(error).__name__, str(error)
+        assert process.stdout is not None
         is_over: list[bool] = []
         timer = Timer(limit_s, lambda: (is_over.append(True), _kill(process)))
         timer.start()
+        texts: deque[str] = deque(maxlen=5)
         try:
             for row, text in _parsed(process):
-                file.write(phase.name, row) if row is not None else show(f"   {text}")
+                if row is not None:
+                    file.write(phase.name, row)
+                else:
+                    texts.append(text)
+                    show(f"   {text}")
             status = process.wait()
         finally:
             timer.cancel()
             _kill(process)  # what it left running holds the GPU's memory
+            process.stdout.close()
         if is_over:
             return "timeout", "TimeoutError", f"not finished after {limit_s:.0f} s"
         if status == 0:
             return "ok", None, None
         complaints.seek(0)
         error, message = last_error(complaints.read())
-        return "failed", error or "ExitStatus", message or f"exit status {status}"
+        return "failed", error or "ExitStatus", message or "\n".join(texts) or f"exit status {status}"
 
 
 def last_error(text: str) -> tuple[str | None, str | None]:
