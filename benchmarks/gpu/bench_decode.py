@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-from cases import OPTIONS, Absent, Case, Row, arguments, need_options, run_cases
+from cases import OPTIONS, Case, Row, arguments, need_options, run_cases
 from device_rates import environment, floor_ms, rates
 from gpu_rates import Rates
 from random_engine import add, key_bytes, make_core, random_prompts, step, sync, visible_keys
@@ -103,7 +103,7 @@ def decode(
 ) -> Iterator[Row]:
     """The row of one variant."""
     options = options_of(variant)
-    margin = 2 * (seqs * context // STEP_TOKENS + 2)  # the first decode while the last are prefilled
+    margin = 5 * seqs * context // (4 * STEP_TOKENS) + 8  # the first decode while the last are prefilled
     tokens = margin + (rounds + 1) * steps + 8
     core, info, model = make_core(
         config, device, "bf16", max_seqs=seqs, max_tokens=context + tokens, step_tokens=STEP_TOKENS, **options
@@ -137,8 +137,6 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
     env = environment(args.device)
 
     def one(seqs: int, variant: str) -> Iterator[Row]:
-        if args.device == "cuda":
-            _need_memory(config, seqs, args.context)
         for row in decode(
             config, seqs, args.context, variant, device=args.device, steps=args.steps, rounds=args.rounds
         ):
@@ -149,28 +147,13 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
             yield f"decode {args.size} S={seqs} {variant}", partial(one, seqs, variant)
 
 
-def _need_memory(config: Gemma2Config, seqs: int, context: int) -> None:
-    """Raises Absent where weights and K and V do not fit."""
-    import torch  # the GPU's own question
-
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    layer = config.hidden_size * config.head_dim * (heads + config.num_attention_heads)
-    layer += 3 * config.hidden_size * config.intermediate_size
-    weights = 2 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
-    row = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    needed = weights + 1.15 * seqs * (context + 256) * row + 3 * 2**30
-    free, _ = torch.cuda.mem_get_info()
-    if needed > free:
-        raise Absent(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} are free")
-
-
 def main() -> int:
     p = arguments(__doc__)
     p.add_argument("--size", choices=["2b", "9b", "27b", "tiny"], default="2b")
     p.add_argument("--seqs", type=int, nargs="+", default=[1, 64, 256])
     p.add_argument("--context", type=int, default=1024)
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    p.add_argument("--steps", type=int, default=16, help="steps of a round")
+    p.add_argument("--steps", type=int, default=8, help="steps of a round")
     p.add_argument("--rounds", type=int, default=5)
     args = p.parse_args()
     if args.tiny:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 import traceback
@@ -51,7 +52,8 @@ def run_cases(cases: Iterable[Case]) -> int:
         except Exception as error:  # the border of a case
             traceback.print_exc()
             emit({"case": name, "error": type(error).__name__, "message": str(error)[:MESSAGE_CHARS]})
-            failed.append(error)
+            failed.append(error.with_traceback(None))  # whose frames hold the engine
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if wrong := [error for error in failed if isinstance(error, AssertionError)]:

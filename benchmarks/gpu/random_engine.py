@@ -1,10 +1,12 @@
 """The engine on random weights, driven step by step as its process drives it."""
 
+import gc
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from cases import Absent
 from numpy.typing import NDArray
 from random_weights import RandomCheckpoint, directory
 from transformers import Gemma2Config
@@ -21,7 +23,8 @@ from cabochon.engine.scheduler import MAX_CHUNK_TOKENS
 
 GIB = 2**30
 PAGE_TOKENS = 16
-SPARE = 1.1  # the scheduler admits nobody into the last pages
+SPARE = 1.03  # the scheduler admits nobody into the last pages
+ACTIVATION_BYTES = 3 * 2**30
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 numbers = itertools.count()
 
@@ -39,12 +42,16 @@ def make_core(
     """An engine whose pages hold max_seqs sequences of max_tokens, without a prefix cache."""
     with directory(config) as folder:
         model = load_model_config(folder)
-        layout = kv_layout(model, PAGE_TOKENS, ITEM_BYTES[dtype])
+        item_bytes = ITEM_BYTES[dtype]
+        layout = kv_layout(model, PAGE_TOKENS, item_bytes)
         pages = max_seqs * layout.pages_per_sequence(max_tokens, min(step_tokens, MAX_CHUNK_TOKENS))
+        pool_bytes = (pages * SPARE + 1) * layout.page_bytes
+        if device == "cuda":
+            _need_memory(num_weights(config) * item_bytes + pool_bytes + ACTIVATION_BYTES)
         defaults: dict[str, object] = {
             "model": "random", "device": device, "dtype": dtype, "max_seqs": max_seqs,
             "step_tokens": max(step_tokens, max_seqs), "prefix_caching": False, "page_tokens": PAGE_TOKENS,
-            "max_model_len": max_tokens, "kv_cache_gib": (pages * SPARE + 1) * layout.page_bytes / GIB,
+            "max_model_len": max_tokens, "kv_cache_gib": pool_bytes / GIB,
             "threads": 1 if device == "cpu" else None,  # a dry run measures nothing
         }  # fmt: skip
         core, info = load_engine(
@@ -53,6 +60,22 @@ def make_core(
             checkpoint=RandomCheckpoint(),
         )
     return core, info, model
+
+
+def num_weights(config: Gemma2Config) -> int:
+    """Elements of all matrices, the tied embedding once."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
+def _need_memory(needed: float) -> None:
+    """Raises Absent where it is not free: a GPU out of memory may take a phase with it."""
+    gc.collect()  # an engine that is done with has cycles
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if needed > free:
+        raise Absent(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} are free")
 
 
 def random_prompts(vocab: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

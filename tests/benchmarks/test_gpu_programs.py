@@ -40,7 +40,9 @@ def test_sizes_are_gemmas(size: str, billions: float) -> None:
     config = configuration(size)
     with torch.device("meta"):
         model = type(oracle(configuration("tiny"), torch.bfloat16, CPU))(config)
-    assert round(sum(weight.numel() for weight in model.parameters()) / 1e9, 2) == billions
+    count = sum(weight.numel() for weight in model.parameters())
+    assert round(count / 1e9, 2) == billions
+    assert random_engine.num_weights(config) == pytest.approx(count, rel=1e-3)  # norms are small
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
     assert config.layer_types[:2] == ["sliding_attention", "full_attention"]
 

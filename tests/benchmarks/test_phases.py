@@ -19,8 +19,8 @@ def phase(code: str, *, limit_s: float = 30, **options: object) -> Phase:
 
 def run(path: Path, *phases: Phase, budget_s: float = 60) -> tuple[bool, list[Row], list[str]]:
     shown: list[str] = []
-    file = RowFile(path / "rows.jsonl", "a run")
-    is_right = run_all(list(phases), ENV, file, budget_s, shown.append)
+    file = RowFile(path / "rows.jsonl", {"run": "a run"})
+    is_right = not run_all(list(phases), ENV, file, budget_s, shown.append)
     file.close()
     return is_right, [json.loads(line) for line in (path / "rows.jsonl").read_text().splitlines()], shown
 
