@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ def main() -> int:
     file = RowFile(path, stamp | ({"commit": args.commit} if args.commit else {}))
     with tempfile.TemporaryDirectory() as folder:
         env = importable.environment(Path(folder), args.wheels)
-        unproven = run_all(phases, env, file, args.budget_s)
+        unproven = run_all(phases, env, file, args.budget_s, partial(print, flush=True))
     file.close()
     print(f"\n{name}, {len(file.rows)} rows in {path}")
     print("\n".join(gpu_targets.table(file.rows)))

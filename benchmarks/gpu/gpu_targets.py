@@ -102,6 +102,7 @@ def standing(target: Target, rows: list[Row]) -> Standing:
     if isinstance(found, str):
         ends = [row for row in own if "status" in row]
         ending = f"{ends[-1]['status']} {ends[-1].get('message') or ''}".strip() if ends else "did not run"
+        ending = "no row of this shape" if ending == "ok" else ending
         return Standing(target.what, wanted, "not measured", found or f"phase `{target.phase}`: {ending}")
     value, detail = found
     verdict = "reached" if value >= target.least else "missed"

@@ -27,6 +27,7 @@ def test_a_dry_run_ends_well_and_measures_no_target(tmp_path: Path) -> None:
     (parity,) = [row for row in rows if row.get("case") == "parity fp32"]
     assert parity["equal_tokens"] == parity["tokens"]
     assert run.stdout.count("not measured") == 7
+    assert run.stdout.count("no row of this shape") == 4, "tiny shapes reach no target"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nvidia-smi is looked for on PATH")
