@@ -1,9 +1,11 @@
 """What a step tells the attention of every layer, and the `torch` backend, for any device.
 
-A backend is two calls: prepare once a step, attend once a layer. `triton_attention` has the GPU's.
+A backend is two calls: prepare once a step, attend once a layer. The GPU's are in
+`triton_attention` and `flash_attention`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,14 +30,19 @@ class AttentionInputs:
 
 
 Inputs = TypeVar("Inputs", bound=AttentionInputs)
+Move = Callable[[NDArray[Any]], Tensor]
+Backend = Literal["torch", "triton", "flash-attn"]
 
 
 class Attention(ABC, Generic[Inputs]):
     """Writes the step's K and V into pages, then attends through them: chunks, hits and decodes alike."""
 
     @abstractmethod
-    def prepare(self, plan: Plan, rows: Rows) -> Inputs:
-        """All index work of the step; nothing per layer. Page tables must cover starts + lens."""
+    def prepare(self, plan: Plan, rows: Rows, move: Move | None = None) -> Inputs:
+        """All index work of the step; nothing per layer. Page tables must cover starts + lens.
+
+        move: gives an array's place on the device; None: copies it there, one by one.
+        """
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
@@ -45,10 +52,14 @@ class Attention(ABC, Generic[Inputs]):
         """
 
 
-def make_attention(backend: Literal["torch", "triton"], model: ModelConfig, pages: KVPages) -> Attention[Any]:
+def make_attention(backend: Backend, model: ModelConfig, pages: KVPages) -> Attention[Any]:
     """The backend over these pages."""
     if backend == "torch":
         return TorchAttention(model, pages)
+    if backend == "flash-attn":
+        from cabochon.engine.flash_attention import FlashAttention  # flash-attn is an optional package
+
+        return FlashAttention(model, pages)
     from cabochon.engine.triton_attention import (
         TritonAttention,
     )  # triton is optional: a CPU has no use for it
@@ -63,7 +74,12 @@ def positions_of(plan: Plan) -> NDArray[np.int64]:
     return positions
 
 
-def slots_of(plan: Plan, rows: Rows, positions: NDArray[np.int64], device: torch.device) -> list[Tensor]:
+def mover(device: torch.device) -> Move:
+    """Copies each array by itself."""
+    return lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def slots_of(plan: Plan, rows: Rows, positions: NDArray[np.int64], move: Move) -> list[Tensor]:
     """Per group [T] int64, where K and V of each token go."""
     row_of_token = np.repeat(plan.rows, plan.lens)
     page_idx, offsets = np.divmod(positions, rows.page_tokens)
@@ -71,7 +87,7 @@ def slots_of(plan: Plan, rows: Rows, positions: NDArray[np.int64], device: torch
     for table in rows.page_tables:
         pages = table[row_of_token, page_idx].astype(np.int64)
         assert pages.all(), "a token has no page"
-        slots.append(torch.from_numpy(pages * rows.page_tokens + offsets).to(device))
+        slots.append(move(pages * rows.page_tokens + offsets))
     return slots
 
 
@@ -95,16 +111,18 @@ class TorchAttention(Attention[TorchInputs]):
         self._model = model
         self._pages = pages
         self._device = pages.k[0].device
+        self._move = mover(self._device)
         self._key_tile = max(KEY_TILE, pages.layout.page_tokens)
 
-    def prepare(self, plan: Plan, rows: Rows) -> TorchInputs:
+    def prepare(self, plan: Plan, rows: Rows, move: Move | None = None) -> TorchInputs:
+        move = move or self._move
         positions = positions_of(plan)
-        slots = slots_of(plan, rows, positions, self._device)
+        slots = slots_of(plan, rows, positions, move)
         sections = [
             self._sections(plan, table, rows.page_tokens, window)
             for table, window in zip(rows.page_tables, self._pages.layout.windows, strict=True)
         ]
-        return TorchInputs(torch.from_numpy(positions).to(self._device), slots, sections)
+        return TorchInputs(move(positions), slots, sections)
 
     def _sections(
         self, plan: Plan, table: NDArray[np.int32], page_tokens: int, window: int | None
@@ -122,7 +140,7 @@ class TorchAttention(Attention[TorchInputs]):
         return sections if self._device.type == "cpu" else [one.to(self._device) for one in sections]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: TorchInputs) -> Tensor:
-        group, k_pages, v_pages = self._pages.of_layer(layer)
+        group, k_pages, v_pages, *_ = self._pages.of_layer(layer)
         write_kv(k_pages, v_pages, k, v, inputs.slots[group])
         return paged_attention(
             q,

@@ -17,11 +17,23 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )
-    attention_backend: Literal["auto", "torch", "triton"] = "auto"  # auto: triton on a GPU, torch on a CPU
+    attention_backend: Literal["auto", "torch", "triton", "flash-attn"] = (
+        "auto"  # auto: triton on a GPU, torch on a CPU; flash-attn: its package, an NVIDIA GPU and bf16
+    )
+    kv_dtype: Literal["auto", "fp8"] = (
+        "auto"  # auto: as dtype; fp8 holds nearly twice the tokens, rounded to e4m3; triton only
+    )
+    quantization: Literal["none", "fp8"] = (
+        "none"  # fp8: weights in half the bytes, an approximation; GPUs of compute capability 8.9 and up
+    )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
     step_tokens: int = 512  # token budget of a step; larger is faster prefill and longer gaps between tokens
-    page_tokens: int = 16  # tokens per KV page, and the granularity of the prefix cache
+    step_depth: int = 2  # steps on a GPU at once, 1 or 2: with 2 the host prepares one while the other runs
+    cuda_graphs: bool = True  # replay decode steps from graphs, which are captured when the engine is idle
+    page_tokens: int | None = (
+        None  # tokens per KV page, and the granularity of the prefix cache; None: 16, with flash-attn 256
+    )
     kv_cache_gib: float | None = (
         None  # GiB of KV pages; more holds more or longer sequences; None: 2 on a CPU, on a GPU what is left
     )
@@ -34,7 +46,15 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype must be auto, bf16 or fp32, got {self.dtype}: Gemma overflows in fp16, use bf16"
             )
-        if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ConfigError(
+                f"kv_dtype must be auto or fp8, got {self.kv_dtype}: auto keeps K and V in the working dtype"
+            )
+        if self.quantization not in ("none", "fp8"):
+            raise ConfigError(f"quantization must be none or fp8, got {self.quantization}: use none")
+        if self.page_tokens is not None and (
+            self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1)
+        ):
             raise ConfigError(f"page_tokens must be a power of two, got {self.page_tokens}: 16 is usual")
         if self.max_seqs < 1:
             raise ConfigError(f"max_seqs must be at least 1, got {self.max_seqs}: raise it")
@@ -43,6 +63,8 @@ class EngineConfig:
                 f"step_tokens must be at least max_seqs = {self.max_seqs}, a token for every running request,"
                 f" got {self.step_tokens}: raise step_tokens or lower max_seqs"
             )
+        if self.step_depth not in (1, 2):
+            raise ConfigError(f"step_depth must be 1 or 2, got {self.step_depth}: 2 is faster")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len must be at least 2 (one in, one out), got {self.max_model_len}: raise it"

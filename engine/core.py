@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput, TokenLogprobs
 from cabochon.engine.plan import Plan, StepResult
 from cabochon.engine.rows import Rows
-from cabochon.engine.runner import Runner
+from cabochon.engine.runner import StepRunner
 from cabochon.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,19 @@ RATE_SMOOTHING = 0.1  # weight of the newest step in the prefill rate
 
 
 class EngineCore:
-    """Requests in with `add`, tokens out of `step`. Single-threaded; consistent between steps."""
+    """Requests in with `add`, tokens out of `step`. Single-threaded; consistent between calls."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, rows: Rows, cache: KVCache, grammars: Grammars
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        rows: Rows,
+        cache: KVCache,
+        grammars: Grammars,
+        *,
+        depth: int = 1,
     ) -> None:
+        """depth: steps on the device at once, 1 or 2."""
         self.scheduler = scheduler
         self._grammars = grammars
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # until when, too
@@ -38,6 +48,9 @@ class EngineCore:
         self._cache = cache
         self._runner = runner
         self._rows = rows
+        self._depth = depth
+        self._flying: deque[_Flying] = deque()
+        self._landed_s = 0.0
         self._steps = 0
         self._step_tokens = 0
         self._prefill_tokens_per_s = 0.0
@@ -73,35 +86,66 @@ class EngineCore:
         self.scheduler.publish(request_id)
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
-        """One step: new tokens of every request in it, and the requests it had to give up."""
-        completed, refusals = self._hear_grammars() if self._matchers else ([], [])
-        started_s = time.monotonic()
+        """One step: new tokens of every request in it, and the requests it had to give up.
+
+        With a depth of 2 a step is launched before the tokens of the one before are known, and runs while
+        the host is busy with those. A grammar's mask needs the token before it: then the depth is 1.
+        """
+        outputs, refusals = self._hear_grammars() if self._matchers else ([], [])
+        depth = 1 if self._matchers else self._depth
+        while len(self._flying) >= depth:
+            self._land(outputs, refusals)
         plan = self.scheduler.schedule()
-        if plan is None:
+        if plan is not None:
+            self._launch(plan, is_ahead=depth > 1)
+        elif not self._flying:
             self._step_tokens = 0
-            if self.has_work and not refusals and not completed:
+            if self.has_work and not refusals and not outputs:
                 self._grammars.poll(WAIT_S)
-            return completed, refusals
+        if self._flying and (plan is None or len(self._flying) >= depth):
+            self._land(outputs, refusals)
+        return outputs, refusals
+
+    def _launch(self, plan: Plan, *, is_ahead: bool) -> None:
         for request in self.scheduler.take_admitted():
-            self._runner.sampler.set_row(request)
-        result = self._runner.run(plan, self._rows)
-        failed = self._failures(plan, result)
+            self._runner.admit(request)
+        started_s = time.monotonic()
+        self._flying.append(_Flying(plan, self._runner.launch(plan, self._rows), started_s))
+        if is_ahead:
+            self.scheduler.advance(plan)
+
+    def _land(self, outputs: list[RequestOutput], refusals: list[Refusal]) -> None:
+        """Wait for the oldest step and enter its results."""
+        plan, wait, launched_s = self._flying.popleft()
+        result = wait()
+        dropped = self.scheduler.dropped(plan)
+        result.without(dropped)
+        failed = self._failures(plan, result, dropped)
         for row in result.late:
             self.scheduler.defer(row)
         bound = [(self.scheduler.request(row).request_id, token) for row, token in result.bound.items()]
         logprobs = self._logprobs(plan, result)
-        outputs = self.scheduler.update(plan, result.token_ids)
-        for output in outputs if logprobs else ():
+        new = self.scheduler.update(plan, result.token_ids)
+        for output in new if logprobs else ():
             output.logprobs, output.prompt_logprobs = logprobs.get(output.request_id, (None, None))
-        self._follow_grammars(bound, outputs)
-        self._steps += 1
-        self._step_tokens = plan.num_tokens
-        self._measure(plan.num_tokens - plan.num_decodes, plan.num_decodes, time.monotonic() - started_s)
+        self._follow_grammars(bound, new)
+        self._count_step(plan, launched_s)
         for refusal in failed:
             self.abort(refusal.request_id)
         gone = {refusal.request_id for refusal in failed}
-        kept = [output for output in outputs if output.request_id not in gone]
-        return completed + kept, refusals + failed
+        outputs += [output for output in new if output.request_id not in gone]
+        refusals += failed
+
+    @property
+    def num_unprepared(self) -> int:
+        """How often `get_ready` has something to do."""
+        return self._runner.num_unprepared
+
+    def get_ready(self) -> bool:
+        """While idle: a piece of work that makes later steps faster. Returns whether there is more."""
+        assert not self.has_work, "a step may be running"
+        self._runner.get_ready()
+        return self.num_unprepared > 0
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
@@ -179,11 +223,12 @@ class EngineCore:
         if matcher is not None:
             self._grammars.close(matcher)
 
-    def _failures(self, plan: Plan, result: StepResult) -> list[Refusal]:
+    def _failures(self, plan: Plan, result: StepResult, dropped: set[int]) -> list[Refusal]:
         """Requests without a next token end with an error; the others never notice."""
         failed: list[tuple[int, EngineError]] = [
             (row, ComputeError("logits must be finite, the model gave NaN: check it with `cabochon verify`"))
             for row in plan.rows[plan.samples][~result.is_finite].tolist()
+            if row not in dropped
         ]
         for row in result.stuck:
             matcher = self.scheduler.request(row).matcher
@@ -191,13 +236,26 @@ class EngineCore:
             failed.append((row, _bad_grammar(matcher, "must allow a next token, it allows none: correct it")))
         return [Refusal.of(self.scheduler.request(row).request_id, error) for row, error in failed]
 
-    def _measure(self, prefill_tokens: int, decodes: int, step_s: float) -> None:
-        """Prompt tokens per second, from steps that are mostly prefill: what a waiting request will see."""
-        if prefill_tokens < max(decodes, 32):
+    def _count_step(self, plan: Plan, launched_s: float) -> None:
+        """And prompt tokens per second, from steps that are mostly prefill: what a waiting request sees."""
+        now = time.monotonic()
+        step_s, self._landed_s = now - max(launched_s, self._landed_s), now  # it began behind the one before
+        self._steps += 1
+        self._step_tokens = plan.num_tokens
+        prefill_tokens = plan.num_tokens - plan.num_decodes
+        if prefill_tokens < max(plan.num_decodes, 32):
             return
         rate = prefill_tokens / step_s
         old = self._prefill_tokens_per_s
         self._prefill_tokens_per_s = old + RATE_SMOOTHING * (rate - old) if old else rate
+
+
+class _Flying(NamedTuple):
+    """A step on the device, how to get its results, and when it was launched."""
+
+    plan: Plan
+    wait: Callable[[], StepResult]
+    launched_s: float
 
 
 def _compiled(matcher: Matcher) -> Matcher:

@@ -1,6 +1,7 @@
 """How many bytes a GPU has left for KV pages, after a real step has shown what the rest takes."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -36,6 +37,26 @@ def measure_peak(run: Callable[[], None], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_graphs(core: EngineCore, device: torch.device) -> int:
+    """Bytes that all decode graphs will take: the largest, whose memory the others share, and a bit for each.
+
+    Captures two. core: idle; it is thrown away afterwards.
+    """
+    free = [_free_bytes(device)]
+    num_left = core.num_unprepared
+    for _ in range(min(2, num_left)):
+        core.get_ready()
+        free.append(_free_bytes(device))
+    taken = [max(0, before - after) for before, after in pairwise(free)]
+    return taken[0] + (num_left - 1) * taken[1] if len(taken) > 1 else sum(taken)
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def pool_bytes(*, total: int, used: int, peak: int, utilization: float) -> int:

@@ -118,7 +118,10 @@ class KVCache:
         return True
 
     def commit(self, request: Request, row: int) -> None:
-        """After a step: name the pages that are full, give back those that no later query sees."""
+        """Name the pages that are full of known tokens, give back those that no later query sees.
+
+        Once the step is on its way: what else gets these pages runs after it.
+        """
         computed = int(self._rows.num_computed[row])
         if request.is_published:
             self._register(request, row, computed // self.page_tokens)
@@ -185,7 +188,7 @@ class KVCache:
     def _known_tokens(self, request: Request) -> NDArray[np.int32]:
         if request.row is None:
             return np.asarray(request.token_ids, np.int32)
-        return self._rows.token_ids[request.row, : self._rows.num_tokens[request.row]]
+        return self._rows.known(request.row)
 
     def _tail_pages(self, window: int | None, hit_pages: int) -> int:
         """How many of the pages before a boundary the query behind it sees."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from cabochon.engine.models.config import ModelConfig
 
+SCALE_BYTES = 4  # of fp8 pages: an fp32 per token and KV head, for K and for V
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
@@ -36,8 +38,12 @@ class KVLayout:
         return total
 
 
-def kv_layout(model: ModelConfig, page_tokens: int, itemsize: int) -> KVLayout:
-    """Cut the layers of `model` into groups. `itemsize`: bytes of one K or V element."""
+def kv_layout(model: ModelConfig, page_tokens: int, itemsize: int, *, has_scales: bool = False) -> KVLayout:
+    """Cut the layers of `model` into groups.
+
+    itemsize: bytes of one K or V element. has_scales: a page holds a scale per token and KV head, too.
+    """
+    head_bytes = model.head_dim * itemsize + (SCALE_BYTES if has_scales else 0)
     kinds = [[i for i in range(model.num_layers) if model.is_sliding[i] is kind] for kind in (True, False)]
     size = min(len(layers) for layers in kinds if layers)
     place: dict[int, tuple[int, int]] = {}
@@ -52,5 +58,5 @@ def kv_layout(model: ModelConfig, page_tokens: int, itemsize: int) -> KVLayout:
         place=tuple(place[layer] for layer in range(model.num_layers)),
         layers_per_group=size,
         page_tokens=page_tokens,
-        page_bytes=2 * size * page_tokens * model.num_kv_heads * model.head_dim * itemsize,
+        page_bytes=2 * size * page_tokens * model.num_kv_heads * head_bytes,
     )

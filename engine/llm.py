@@ -44,6 +44,8 @@ class LLM:
         self.tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
         self._token_bytes = TokenBytes(self.tokenizer)
         self.core, self.info = load_engine(config, directory)
+        while self.core.get_ready():  # a server does this while it waits, a script may never be idle
+            pass
         self._ids = itertools.count()
 
     def generate(

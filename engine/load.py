@@ -1,6 +1,5 @@
 """From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the pool."""
 
-import importlib.util
 import logging
 import math
 import os
@@ -9,30 +8,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from cabochon.engine.attention import make_attention
+from cabochon.engine.attention import Backend, make_attention
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
-from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_peak, pool_bytes, run_probe
+from cabochon.engine.flash_probe import check_flash, settle_page_tokens
+from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_graphs, measure_peak, pool_bytes, run_probe
 from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Checkpoint
 from cabochon.engine.models.config import ModelConfig
-from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.models.gemma import Gemma, LoadTensor
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.rows import Rows
-from cabochon.engine.runner import Runner
+from cabochon.engine.runner import Runner, StepRunner
 from cabochon.engine.sampler import Sampler
 from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, Scheduler
+from cabochon.engine.settle import (
+    has_triton,
+    model_class_for,
+    settle_backend,
+    settle_device,
+    settle_dtype,
+    settle_kv_dtype,
+    settle_linear,
+)
+from cabochon.engine.streams import stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +68,24 @@ def load_engine(
     model_config = load_model_config(model_dir)
     device = settle_device(config)
     backend = settle_backend(config, device)
-    dtype_name = _settle_dtype(config, device)
+    dtype_name = settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
-    layout = kv_layout(model_config, config.page_tokens, dtype.itemsize)
+    make_linear = settle_linear(config, device, dtype_name)
+    if backend == "flash-attn":
+        check_flash(device, dtype, model_config.head_dim)
+    kv_dtype = settle_kv_dtype(config, backend, dtype)
+    page_tokens = settle_page_tokens(config.page_tokens, backend)
+    layout = kv_layout(model_config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
-    grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
-    if expects_grammars:
-        grammars.start()
+    grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
     weights = checkpoint or Checkpoint(model_dir)
-    model = _load_model(model_config, weights, dtype, device, max_len, on_progress)
-    builder = _CoreBuilder(config, model, layout, device, dtype, backend, grammars)
+    make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
+    model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
+    builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
@@ -88,74 +101,32 @@ def load_engine(
         max_model_len=max_len,
         max_seqs=config.max_seqs,
         eos_token_ids=list(model_config.eos_token_ids),
-        page_tokens=config.page_tokens,
+        page_tokens=layout.page_tokens,
         num_pages=num_pages,
         num_groups=layout.num_groups,
         kv_bytes=pages.num_bytes,
         weight_bytes=model.num_bytes,
+        quantization=config.quantization,
         load_s=time.monotonic() - started_s,
     )
+    _log_ready(info)
+    return core, info
+
+
+def _grammars(model_dir: Path, model: ModelConfig, *, is_started: bool) -> Grammars:
+    grammars = Grammars(model_dir, model.vocab_size, list(model.eos_token_ids))
+    if is_started:
+        grammars.start()
+    return grammars
+
+
+def _log_ready(info: EngineInfo) -> None:
     logger.info(
         "engine ready architecture=%s device=%s attention=%s dtype=%s threads=%d pages=%d page_tokens=%d"
         " kv_bytes=%d weight_bytes=%d",
         info.architecture, info.device, info.attention_backend, info.dtype, torch.get_num_threads(),
-        num_pages, config.page_tokens, info.kv_bytes, info.weight_bytes,
+        info.num_pages, info.page_tokens, info.kv_bytes, info.weight_bytes,
     )  # fmt: skip
-    return core, info
-
-
-def settle_device(config: EngineConfig) -> torch.device:
-    """Raises ConfigError if a GPU is asked for and torch sees none."""
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise ConfigError(
-            "device must be cpu where torch finds no NVIDIA GPU, got cuda: install a CUDA build of torch and"
-            " its driver, or use cpu"
-        )
-    if config.device == "auto" and has_gpu:
-        logger.warning("device=cpu reason=the GPU path has not run on a GPU yet, ask for it: --device cuda")
-    return torch.device("cuda" if config.device == "cuda" else "cpu")
-
-
-def settle_backend(config: EngineConfig, device: torch.device) -> Literal["torch", "triton"]:
-    """`auto` says why. Raises ConfigError if Triton is asked for where it cannot run."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    can_triton = has_triton and (
-        device.type == "cuda" or (config.attention_backend == "triton" and _is_interpreted())
-    )
-    if config.attention_backend == "triton" and not can_triton:
-        raise ConfigError(
-            f"attention_backend must be torch on this {device.type}"
-            f" {'with' if has_triton else 'without'} triton installed, got triton: use torch"
-        )
-    if config.attention_backend != "auto":
-        return config.attention_backend
-    if device.type == "cuda" and has_triton:
-        logger.info("attention backend=triton reason=an NVIDIA GPU")
-        return "triton"
-    logger.info("attention backend=torch reason=%s", "no GPU" if device.type == "cpu" else "no triton")
-    return "torch"
-
-
-def _is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
-    import triton  # never on the start path of a CPU engine
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _settle_dtype(config: EngineConfig, device: torch.device) -> str:
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if config.dtype == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if config.dtype == "bf16" and not has_bf16:
-        raise ConfigError(
-            f"dtype must be fp32 on a {device.type} without bf16 instructions, got bf16: use fp32"
-        )
-    return config.dtype
 
 
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
@@ -196,6 +167,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 
 
 def _load_model(
+    make_model: Callable[[ModelConfig, LoadTensor, int], Gemma],
     config: ModelConfig,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
@@ -213,7 +185,7 @@ def _load_model(
             on_progress(done, checkpoint.num_elements * dtype.itemsize)
         return tensor
 
-    model = Gemma(config, load, max_model_len)
+    model = make_model(config, load, max_model_len)
     checkpoint.close()
     return model
 
@@ -226,8 +198,8 @@ class _CoreBuilder:
     model: Gemma
     layout: KVLayout
     device: torch.device
-    dtype: torch.dtype
-    backend: Literal["torch", "triton"]
+    kv_dtype: torch.dtype
+    backend: Backend
     grammars: Grammars
 
     def build(self, num_pages: int, max_model_len: int) -> tuple[EngineCore, KVPages]:
@@ -237,9 +209,9 @@ class _CoreBuilder:
             max_seqs=config.max_seqs,
             max_model_len=max_model_len,
             num_groups=self.layout.num_groups,
-            page_tokens=config.page_tokens,
+            page_tokens=self.layout.page_tokens,
         )
-        pages = KVPages(model.config, self.layout, num_pages, self.dtype, self.device)
+        pages = KVPages(model.config, self.layout, num_pages, self.kv_dtype, self.device)
         hasher = PageHasher(os.urandom(32)) if config.prefix_caching else None
         cache = KVCache(rows, PagePool(num_pages), hasher, self.layout.windows)
         scheduler = Scheduler(
@@ -250,21 +222,46 @@ class _CoreBuilder:
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
         )
-        sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
-        runner = Runner(model, make_attention(self.backend, model.config, pages), sampler)
-        return EngineCore(scheduler, runner, rows, cache, self.grammars), pages
+        depth = config.step_depth if self.has_device_rows else 1
+        runner = self._runner(rows, pages)
+        return EngineCore(scheduler, runner, rows, cache, self.grammars, depth=depth), pages
+
+    @property
+    def has_device_rows(self) -> bool:
+        """Where the kernels run that prepare and sample; elsewhere the host does both."""
+        return self.backend == "triton" or (self.device.type == "cuda" and has_triton())
+
+    def _runner(self, rows: Rows, pages: KVPages) -> StepRunner:
+        model = self.model
+        attention = make_attention(self.backend, model.config, pages)
+        if not self.has_device_rows:
+            sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
+            return Runner(model, attention, sampler)
+        # triton is optional: a CPU has no use for it
+        from cabochon.engine.decode_graphs import capture_cuda
+        from cabochon.engine.device_runner import DeviceRunner
+
+        has_graphs = self.config.cuda_graphs and self.device.type == "cuda" and model.is_graph_safe
+        return DeviceRunner(
+            model,
+            attention,
+            rows,
+            stream_for(self.device),
+            depth=self.config.step_depth,
+            capture=capture_cuda() if has_graphs else None,
+        )
 
     def measured_pages(self, max_model_len: int) -> int:
-        """Pages that fit on the GPU beside the weights and the largest step."""
-        peak = self._peak(max_model_len)
+        """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""
+        taken = self._peak(max_model_len)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         share = self.config.gpu_memory_utilization
-        left = pool_bytes(total=total, used=total - free, peak=peak, utilization=share)
+        left = pool_bytes(total=total, used=total - free, peak=taken, utilization=share)
         return left // self.layout.page_bytes
 
     def _peak(self, max_model_len: int) -> int:
-        """Bytes of the largest step, seen on a core with few pages that ends with this call."""
+        """Bytes of the largest step and of all graphs, seen on a core with few pages that ends with this."""
         config = self.config
         per_row = max(1, config.step_tokens // config.max_seqs) + PROBE_TOKENS
         num_pages = config.max_seqs * self.layout.pages_per_sequence(per_row, per_row)
@@ -276,4 +273,4 @@ class _CoreBuilder:
             max_seqs=config.max_seqs,
             max_model_len=max_model_len,
         )
-        return measure_peak(probe, self.device)
+        return measure_peak(probe, self.device) + measure_graphs(core, self.device)

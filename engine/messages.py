@@ -102,6 +102,7 @@ class EngineInfo:
     kv_bytes: int
     weight_bytes: int
     load_s: float
+    quantization: str = "none"  # of weights: "none" or "fp8"
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """What one step computes, chosen by the scheduler and run by the runner, and what comes out of it."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cabochon.engine.messages import TokenLogprobs
+from cabochon.engine.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,22 @@ class Plan:
     def num_tokens(self) -> int:
         return int(self.lens.sum())
 
-    def only(self, keep: NDArray[np.bool_]) -> Self:
-        """The sequences where keep: [S] is True."""
+    @classmethod
+    def of(cls, work: Mapping[int, int], rows: Rows) -> Self:
+        """work: tokens to compute by row."""
+        row_ids = np.fromiter(work.keys(), np.int32, len(work))
+        lens = np.fromiter(work.values(), np.int32, len(work))
+        starts = rows.num_computed[row_ids]
+        samples = starts + lens == rows.num_tokens[row_ids]
+        is_decode = samples & (lens == 1)
+        order = np.argsort(~is_decode, kind="stable")
+        return cls(row_ids[order], starts[order], lens[order], samples[order], int(is_decode.sum()))
+
+    def without(self, row_ids: Collection[int]) -> Self:
+        """The sequences of other rows."""
+        if not row_ids:
+            return self
+        keep = ~np.isin(self.rows, list(row_ids))
         num_decodes = int(keep[: self.num_decodes].sum())
         return type(self)(
             self.rows[keep], self.starts[keep], self.lens[keep], self.samples[keep], num_decodes
@@ -61,3 +77,11 @@ class StepResult:
     bound: dict[int, int] = field(default_factory=dict)
     late: list[int] = field(default_factory=list)
     stuck: list[int] = field(default_factory=list)
+
+    def without(self, row_ids: Collection[int]) -> None:
+        """Forget what is told of these rows; token_ids and is_finite stay as they are."""
+        for found in (self.logprobs, self.prompt_logprobs, self.bound):
+            for row in found.keys() & set(row_ids):
+                del found[row]
+        for rows in (self.late, self.stuck):
+            rows[:] = [row for row in rows if row not in row_ids]

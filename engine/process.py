@@ -77,8 +77,12 @@ def serve(sock: socket.socket) -> None:
 
 
 def _run(core: EngineCore, inbox: Inbox, sock: socket.socket) -> None:
+    is_ready = False
     while True:
-        messages = inbox.drain(wait=not core.has_work)
+        messages = inbox.drain(wait=is_ready and not core.has_work)
+        if not messages and not core.has_work:
+            is_ready = not core.get_ready()
+            continue
         refusals = [refusal for message in messages if (refusal := _handle(core, message))]
         outputs, failed = core.step()
         sock.sendall(encode(StepOutput(outputs=outputs, refusals=refusals + failed, stats=core.stats())))

@@ -1,10 +1,10 @@
 """One request inside the engine: what was asked, and how far it is."""
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 from cabochon.engine.grammars import Matcher
-from cabochon.engine.messages import GenerateRequest, TokenLogprobs
+from cabochon.engine.messages import GenerateRequest, RequestOutput, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -64,3 +64,20 @@ class Request:
     def rank(self) -> tuple[int, int]:
         """Smaller is served first and preempted last."""
         return (self.message.priority, self.arrival_idx)
+
+    def output(
+        self,
+        token_ids: list[int],
+        finish_reason: Literal["stop", "length"] | None = None,
+        stop_token_id: int | None = None,
+    ) -> RequestOutput:
+        """Its message of a step."""
+        return RequestOutput(
+            request_id=self.request_id,
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            cached_tokens=self.cached_tokens or 0,
+            scheduled_s=self.scheduled_s,
+            first_token_s=self.first_token_s,
+        )

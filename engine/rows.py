@@ -14,7 +14,8 @@ class Rows:
     """`max_seqs` rows, `num_groups` page tables.
 
     token_ids:    [max_seqs, max_model_len] int32, prompt then output
-    num_tokens:   [max_seqs] int32, known tokens
+    num_tokens:   [max_seqs] int32, known tokens, and those that only the device knows yet
+    num_pending:  [max_seqs] int32, how many of them only the device knows: the last ones
     num_computed: [max_seqs] int32, tokens whose K and V are in pages
     num_prompt:   [max_seqs] int32
     page_tables:  [num_groups, max_seqs, M] int32, NULL_PAGE where nothing is held
@@ -26,6 +27,7 @@ class Rows:
         self.page_tokens = page_tokens
         self.token_ids: NDArray[np.int32] = np.zeros((max_seqs, max_model_len), np.int32)
         self.num_tokens: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
+        self.num_pending: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.num_computed: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.num_prompt: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.page_tables: NDArray[np.int32] = np.full((num_groups, max_seqs, max_pages), NULL_PAGE, np.int32)
@@ -34,6 +36,10 @@ class Rows:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    def known(self, row: int) -> NDArray[np.int32]:
+        """The row's tokens that have come back from the device. A view."""
+        return self.token_ids[row, : self.num_tokens[row] - self.num_pending[row]]
 
     def take(self, token_ids: list[int], num_prompt: int) -> int:
         """Give a row to a request whose known tokens are `token_ids`. Raises IndexError if none is free."""
@@ -48,5 +54,6 @@ class Rows:
     def give_back(self, row: int) -> None:
         """Free the row. Its pages must have gone back before: its tables are NULL_PAGE."""
         assert not self.page_tables[:, row].any(), "a row goes back with pages"
-        self.num_tokens[row] = self.num_computed[row] = self.num_prompt[row] = 0
+        for counts in (self.num_tokens, self.num_pending, self.num_computed, self.num_prompt):
+            counts[row] = 0
         self._free.append(row)

@@ -3,7 +3,8 @@
 Knows nothing of requests, queues or who owns a page.
 """
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from cabochon.engine.attention import Attention, positions_of
 from cabochon.engine.linear import ROW_MULTIPLE
-from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.logprobs import ExactLogits, prompt_parts, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
+from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampler import Sampler
 from cabochon.kernels.definitions import softcap_
@@ -26,17 +28,52 @@ Value = TypeVar("Value")
 LOGITS_ROWS = 64  # rows of logits at once: 64 × 262,144 in bf16 are 34 MB
 
 
-class Runner:
-    """Synchronous (depth 1): `run` returns when the tokens are known."""
+class StepRunner(ABC):
+    """What the core asks of a runner."""
+
+    @abstractmethod
+    def admit(self, request: Request) -> None:
+        """A request has got its row."""
+
+    @abstractmethod
+    def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
+        """Start the plan. Returns what waits for its results. `rows` may change as soon as this returns.
+
+        Results have one token per True of plan.samples, in order.
+        """
+
+    @property
+    def num_unprepared(self) -> int:
+        """Pieces of work that would make later steps faster."""
+        return 0
+
+    def get_ready(self) -> None:
+        """While idle: do one of them, if there is one."""
+        assert not self.num_unprepared
+
+    @abstractmethod
+    def last_logits(self, row: int, rows: Rows) -> Tensor:
+        """[V] fp32, softcapped: all known tokens of one row in a single chunk. Only while idle."""
+
+
+class Runner(StepRunner):
+    """Synchronous: `launch` returns when the tokens are known. For the CPU, where nothing else could run."""
 
     def __init__(self, model: Gemma, attention: Attention[Any], sampler: Sampler) -> None:
         self._model = model
         self._attention = attention
         self.sampler = sampler
 
+    def admit(self, request: Request) -> None:
+        self.sampler.set_row(request)
+
+    def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
+        result = self.run(plan, rows)
+        return lambda: result
+
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Rows) -> StepResult:
-        """Compute the plan. Returns one token per True of plan.samples, in order."""
+        """Compute the plan."""
         hidden = self._hidden(plan, rows)  # [T', E]
         prompts = self._prompt_logprobs(hidden, plan, rows)
         sampling = plan.rows[plan.samples]
@@ -57,7 +94,6 @@ class Runner:
 
     @torch.inference_mode()
     def last_logits(self, row: int, rows: Rows) -> Tensor:
-        """[V] fp32, softcapped: all known tokens of one row in a single chunk."""
         length = rows.num_tokens[row : row + 1]
         one = np.array([row], np.int32)
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
@@ -83,27 +119,22 @@ class Runner:
         return self._model.hidden(moved, inputs, self._attention)
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
-        """Position p tells of the prompt token at p + 1. In pieces of rows: [T, V] is never whole."""
+        """In pieces of rows: [T, V] is never whole."""
         found: dict[int, PromptLogprobs] = {}
-        firsts = np.cumsum(plan.lens) - plan.lens
-        for seq in np.flatnonzero(plan.starts < rows.num_prompt[plan.rows]).tolist():
-            row, start, token = int(plan.rows[seq]), int(plan.starts[seq]), int(firsts[seq])
-            count = self.sampler.prompt_logprobs(row)
-            if count is not None:
-                num_known = min(int(plan.lens[seq]), int(rows.num_prompt[row]) - 1 - start)  # next is prompt
-                next_ids = rows.token_ids[row, start + 1 : start + 1 + num_known]
-                found[row] = PromptLogprobs(start, [])
-                for part in range(0, num_known, LOGITS_ROWS):
-                    some = hidden[token + part : token + min(part + LOGITS_ROWS, num_known)]
-                    part_ids = next_ids[part : part + LOGITS_ROWS].astype(np.int64)
-                    ids = torch.from_numpy(part_ids).to(hidden.device)
-                    found[row].logprobs.extend(self._logprobs(some, ids, count))
+        for part in prompt_parts(plan, rows, lambda row: self.sampler.prompt_logprobs(row) is not None):
+            count = self.sampler.prompt_logprobs(part.row) or 0
+            found[part.row] = PromptLogprobs(part.start, [])
+            for done in range(0, len(part.next_ids), LOGITS_ROWS):
+                ids = torch.from_numpy(part.next_ids[done : done + LOGITS_ROWS].astype(np.int64))
+                some = hidden[part.first + done :][: len(ids)]
+                found[part.row].logprobs.extend(self._logprobs(some, ids.to(hidden.device), count))
         return found
 
     def _logprobs(self, hidden: Tensor, token_ids: Tensor, count: int) -> list[TokenLogprobs]:
         logits = self.logits(hidden)
         exact = self._exact(hidden, logits)
-        return token_logprobs(logits.float(), token_ids, count, self._model.config.final_softcap, exact)
+        cap = self._model.config.final_softcap
+        return token_logprobs(logits.float(), token_ids, count, cap, exact).rows()
 
     def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
         logits = self.logits(hidden)

@@ -4,7 +4,6 @@ Order: final softcap, bias and penalties, min_tokens, temperature, top-k, top-p 
 Greedy rows without any of it compare uncapped logits (the cap is monotone, and in bf16 it would make ties).
 """
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.grammars import State
 from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.masks import grace_end_s, next_mask
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.plan import StepResult
 from cabochon.engine.request import Request
@@ -22,7 +21,7 @@ from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
 
-MASK_GRACE_S = 0.005  # masks had the whole forward pass; a row whose mask is later still misses the step
+NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Sampler:
         wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
         kept = logits[wanted].float() if wanted else None  # a copy: choosing overwrites
         result = StepResult(chosen, is_finite)
-        self._grace_end_s = time.monotonic() + MASK_GRACE_S
+        self._grace_end_s = grace_end_s()
         for index, row in enumerate(row_ids.tolist()):
             if is_finite[index] and not plain[index]:
                 chosen[index] = self._choose(logits[index].float(), row, rows, result)
@@ -100,7 +99,7 @@ class Sampler:
         shifted = None if exact is None else lambda rows, ids: exact(of[rows], ids)
         counts = [self._rows[int(row_ids[index])].params.logprobs or 0 for index in indices]
         tokens = torch.from_numpy(chosen[indices].astype(np.int64)).to(self._device)
-        found = token_logprobs(logits, tokens, max(counts), self._softcap, shifted)
+        found = token_logprobs(logits, tokens, max(counts), self._softcap, shifted).rows()
         for one, count in zip(found, counts, strict=True):
             del one.top_ids[count:], one.top_logprobs[count:]
         return {int(row_ids[index]): one for index, one in zip(indices, found, strict=True)}
@@ -131,18 +130,12 @@ class Sampler:
         matcher = state.request.matcher
         if matcher is None:
             return self._draw(logits, row, rows)
-        if not matcher.wait(self._grace_end_s) or matcher.state is State.COMPLETE:
-            result.late.append(row)  # one that is complete ends before the next step
+        is_free = rows.num_tokens[row] - rows.num_prompt[row] >= params.min_tokens
+        mask = next_mask(matcher, self._grace_end_s, NO_IDS if is_free else state.stop_ids.cpu().numpy())
+        if isinstance(mask, str):
+            (result.late if mask == "late" else result.stuck).append(row)
             return 0
-        if matcher.state is State.FAILED:
-            result.stuck.append(row)
-            return 0
-        allowed = torch.from_numpy(matcher.mask()).to(self._device)
-        if rows.num_tokens[row] - rows.num_prompt[row] < params.min_tokens:
-            allowed[state.stop_ids] = False
-        if not allowed.any():
-            result.stuck.append(row)
-            return 0
+        allowed = torch.from_numpy(mask).to(self._device)
         result.bound[row] = self._draw(logits, row, rows, allowed)
         return result.bound[row]
 

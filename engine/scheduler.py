@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cabochon.engine.admission import check_request
+from cabochon.engine.awaited_pages import AwaitedPages
 from cabochon.engine.errors import RequestError
+from cabochon.engine.flights import Flights
 from cabochon.engine.grammars import Matcher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
@@ -58,8 +60,10 @@ class Scheduler:
         self._admitted: list[Request] = []
         self._work: dict[int, int] = {}  # row -> tokens of the step being planned
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
-        self._computing: dict[bytes, Request] = {}  # name of a page -> the request that is about to fill it
+        self._awaited = AwaitedPages()
+        self._flights = Flights()
         self._dropped_rows: set[int] = set()  # aborted or late since schedule(): their results do not count
+        self._last_lens = np.zeros(rows.max_seqs, np.int32)  # tokens of a row when it can have no more
         self._late: list[Request] = []  # they wait for the mask of their next token
         self._num_arrivals = 0
         self._can_admit = True  # until the step finds that somebody waits for pages
@@ -70,7 +74,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._flights)
 
     def check_new(self, message: GenerateRequest) -> int:
         """Returns the output tokens it may have at most. Raises RequestError if it cannot be accepted."""
@@ -97,21 +101,13 @@ class Scheduler:
         if request.row is None:
             self._waiting.remove(request)
         else:
-            self._dropped_rows.add(request.row)
             self._leave(request)
 
     def complete(self, request_id: str) -> RequestOutput:
         """End a request whose grammar allows nothing more."""
         request = self._requests[request_id]
         self.abort(request_id)
-        return RequestOutput(
-            request_id=request_id,
-            token_ids=[],
-            finish_reason="stop",
-            cached_tokens=request.cached_tokens or 0,
-            scheduled_s=request.scheduled_s,
-            first_token_s=request.first_token_s,
-        )
+        return request.output([], "stop")
 
     def publish(self, request_id: str) -> None:
         """Let others share the pages of a private request. Unknown ids are ignored: it may have ended."""
@@ -125,7 +121,10 @@ class Scheduler:
         self._late.append(self._by_row[row])
 
     def schedule(self) -> Plan | None:
-        """The next step, its pages taken; None if there is nothing to do but perhaps to wait for masks."""
+        """The next step, its pages taken; None if there is nothing to do but to wait, if anything.
+
+        For masks, or for the results of steps that are on their way.
+        """
         self._work.clear()
         self._admitted.clear()
         self._dropped_rows.clear()
@@ -134,13 +133,12 @@ class Scheduler:
         if not self._requests:
             return None
         self._plan_decodes()
-        num_decodes = len(self._work)
-        if self._waiting or num_decodes < len(self._running):
+        if self._waiting or len(self._work) < len(self._running):
             self._plan_prefills()
-        if not self._work and self._late:
+        if not self._work and (self._late or self._flights):
             return None
         assert self._work, "requests wait and none can run: the pool holds less than one sequence"
-        return self._plan()
+        return Plan.of(self._work, self._rows)
 
     def take_admitted(self) -> list[Request]:
         """Requests that got a row in the last schedule()."""
@@ -150,22 +148,41 @@ class Scheduler:
         """Whose row it is."""
         return self._by_row[row]
 
-    def update(self, plan: Plan, token_ids: NDArray[np.int32]) -> list[RequestOutput]:
-        """Enter the results of the last plan. token_ids: [number of True in plan.samples], in order.
+    def advance(self, plan: Plan) -> None:
+        """The plan is on its way: the next is scheduled as if it were done, but for its unknown tokens."""
+        rows = self._rows
+        dropped, self._dropped_rows = self._dropped_rows, set()
+        kept = plan.without(dropped)
+        after = kept.starts + kept.lens
+        rows.num_computed[kept.rows] = after
+        sampled = kept.rows[kept.samples]
+        rows.num_tokens[sampled] += 1
+        rows.num_pending[sampled] += 1
+        self._commit(kept, after)
+        self._flights.launch(plan, dropped)
 
-        Requests that were aborted since schedule() get nothing.
+    def dropped(self, plan: Plan) -> set[int]:
+        """Rows whose results do not count when the oldest plan comes back: they have changed hands."""
+        return self._flights.dropped() if plan is self._flights.oldest else self._dropped_rows
+
+    def update(self, plan: Plan, token_ids: NDArray[np.int32]) -> list[RequestOutput]:
+        """Enter the results of a plan, oldest first. token_ids: [number of True in plan.samples], in order.
+
+        Requests that have ended or lost their rows since schedule() get nothing.
         """
-        if self._dropped_rows:
-            keep = ~np.isin(plan.rows, list(self._dropped_rows))
-            plan, token_ids = plan.only(keep), token_ids[keep[plan.samples]]
+        was_ahead = plan is self._flights.oldest
+        if not was_ahead:
+            self.advance(plan)
+        whole, plan = plan, plan.without(self._flights.land())
+        if len(plan.rows) < len(whole.rows):
+            token_ids = token_ids[np.isin(whole.rows[whole.samples], plan.rows)]
         rows, now = self._rows, time.monotonic()
-        after = plan.starts + plan.lens
-        rows.num_computed[plan.rows] = after
-        self._commit(plan, after)
         self._counts["generation_tokens"] += len(token_ids)
         sampled = plan.rows[plan.samples]
-        rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
-        rows.num_tokens[sampled] += 1
+        rows.token_ids[sampled, rows.num_tokens[sampled] - rows.num_pending[sampled]] = token_ids
+        rows.num_pending[sampled] -= 1
+        if was_ahead:  # pages whose last token was not known by then
+            self._commit(plan, plan.starts + plan.lens)
         by_row = self._by_row
         outputs = []
         for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
@@ -212,7 +229,7 @@ class Scheduler:
         assert {r.row: r for r in self._running} == self._by_row
         assert sorted(self._running, key=_rank) == self._running
         assert sorted(self._waiting, key=_rank) == list(self._waiting)
-        assert all(r.row is not None for r in self._computing.values()), "pages are awaited from nobody"
+        self._awaited.check()
         self._waiting.check()
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
         self._cache.check(self._by_row)
@@ -223,7 +240,8 @@ class Scheduler:
         """One token for every running request that has one left to compute, best rank first."""
         rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
         computed = self._rows.num_computed[rows]
-        is_decode = self._rows.num_tokens[rows] - computed == 1
+        known = np.minimum(self._rows.num_tokens[rows], self._last_lens[rows] - 1)  # nothing follows the last
+        is_decode = known - computed == 1
         if self._late:
             is_decode &= ~np.isin(rows, [request.row for request in self._late if request.row is not None])
         needs_page = is_decode & (computed % self._cache.page_tokens == 0)
@@ -235,8 +253,12 @@ class Scheduler:
     def _plan_prefills(self) -> None:
         left = self._step_tokens - len(self._work)
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, left // 2))
-        prefills = [r for r in self._running if r.row not in self._work and r not in self._late]
-        self._promised = {r.row: self._pages_to_come(r.row) for r in prefills if r.row is not None}
+        prefills = [
+            r for r in self._running if r.row not in self._work and r not in self._late and self._remaining(r)
+        ]
+        self._promised = {
+            r.row: self._cache.pages_to_come(r.row, self._max_chunk) for r in prefills if r.row is not None
+        }
         may_enter = self._waiting.priorities if self._may_admit() else []
         for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
             running = [r for r in prefills if r.message.priority == priority]
@@ -269,7 +291,7 @@ class Scheduler:
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
-                self._promised[row] = self._pages_to_come(row)
+                self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
                 self._work[row] = planned + chunk
                 budget -= chunk
         return budget
@@ -282,7 +304,7 @@ class Scheduler:
         wants_all = request.message.params.prompt_logprobs is not None
         hit = 0 if wants_all else self._cache.lookup(request)
         names = self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
-        if not wants_all and hit < len(names) and self._is_computed_now(names[hit], hit, request):
+        if not wants_all and hit < len(names) and self._awaited.is_coming(names[hit], hit, request):
             return False  # share it when it is there
         cost = self._cache.admission_cost(request, hit, self._max_chunk) + sum(self._promised.values())
         pool = self._cache.pool
@@ -291,15 +313,8 @@ class Scheduler:
             return False
         self._enter(request, hit)
         if request.is_published:
-            self._computing.update(dict.fromkeys(names[hit:], request))
+            self._awaited.expect(names[hit:], request)
         return True
-
-    def _is_computed_now(self, name: bytes, page_idx: int, request: Request) -> bool:
-        """Whether a better-ranked request is about to fill that page. Worse-ranked ones may have to wait."""
-        other = self._computing.get(name)
-        if other is None or other.row is None or other.rank > request.rank:
-            return False
-        return int(self._rows.num_computed[other.row]) // self._cache.page_tokens <= page_idx
 
     def _enter(self, request: Request, hit_pages: int) -> None:
         num_prompt = len(request.message.prompt_ids)
@@ -307,12 +322,13 @@ class Scheduler:
         row = self._rows.take(request.token_ids, num_prompt)
         self._cache.attach(request, row, hit_pages)
         request.row = row
+        self._last_lens[row] = num_prompt + request.max_tokens
         if request.cached_tokens is None:
             request.cached_tokens = min(hit_pages * self._cache.page_tokens, num_prompt)
             request.scheduled_s = time.monotonic()
             self._counts["prefix_queries"] += num_prompt
             self._counts["prefix_hits"] += request.cached_tokens
-        self._promised[row] = self._pages_to_come(row)
+        self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
         insort(self._running, request, key=_rank)
         self._by_row[row] = request
         self._admitted.append(request)
@@ -330,7 +346,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         assert request.row is not None
         row = request.row
-        request.token_ids = self._rows.token_ids[row, : self._rows.num_tokens[row]].tolist()
+        request.token_ids = self._rows.known(row).tolist()  # the rest will be computed, and chosen, again
         self._work.pop(row, None)
         self._leave(request)
         self._waiting.add(request)
@@ -338,37 +354,26 @@ class Scheduler:
         self._can_admit = False
 
     def _leave(self, request: Request) -> None:
-        """Take its row and pages away."""
+        """Take its row and pages away. Whoever gets them next is computed after the steps on their way."""
         assert request.row is not None
+        self._flights.drop(request.row)
+        self._dropped_rows.add(request.row)
         self._cache.free(request.row)
         self._rows.give_back(request.row)
         del self._by_row[request.row]
         self._promised.pop(request.row, None)
-        for name in request.page_hashes[1:]:  # the first is the root
-            if self._computing.get(name) is request:
-                del self._computing[name]
+        self._awaited.forget(request)
         self._running.remove(request)
         request.row = None
-
-    def _pages_to_come(self, row: int) -> int:
-        return self._cache.pages_to_come(row, self._max_chunk)
 
     def _remaining(self, request: Request) -> int:
         if request.row is None:
             return len(request.token_ids)
-        return int(self._rows.num_tokens[request.row] - self._rows.num_computed[request.row])
+        known = min(self._rows.num_tokens[request.row], self._last_lens[request.row] - 1)
+        return max(0, int(known - self._rows.num_computed[request.row]))
 
     def _length(self, request: Request) -> tuple[int, int]:
         return (self._remaining(request), request.arrival_idx)
-
-    def _plan(self) -> Plan:
-        rows = np.fromiter(self._work.keys(), np.int32, len(self._work))
-        lens = np.fromiter(self._work.values(), np.int32, len(self._work))
-        starts = self._rows.num_computed[rows]
-        samples = starts + lens == self._rows.num_tokens[rows]
-        is_decode = samples & (lens == 1)
-        order = np.argsort(~is_decode, kind="stable")
-        return Plan(rows[order], starts[order], lens[order], samples[order], int(is_decode.sum()))
 
     # Results
 
@@ -382,18 +387,13 @@ class Scheduler:
         is_stop_token = (
             token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
         )
-        if is_last := is_stop_token or request.num_output >= request.max_tokens:
+        is_last = is_stop_token or request.num_output >= request.max_tokens
+        if is_last:
             del self._requests[request.request_id]
             self._leave(request)
-        return RequestOutput(
-            request_id=request.request_id,
-            token_ids=[token_id],
-            finish_reason=("stop" if is_stop_token else "length") if is_last else None,
-            stop_token_id=token_id if is_stop_token else None,
-            cached_tokens=request.cached_tokens or 0,
-            scheduled_s=request.scheduled_s,
-            first_token_s=request.first_token_s,
-        )
+        if is_stop_token:
+            return request.output([token_id], "stop", token_id)
+        return request.output([token_id], "length" if is_last else None)
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -4,19 +4,28 @@ Also runs in Triton's interpreter, on CPU tensors, which is how tests compare it
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.attention import Attention, AttentionInputs, positions_of, slots_of, write_kv
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.attention import (
+    Attention,
+    AttentionInputs,
+    Move,
+    mover,
+    positions_of,
+    slots_of,
+    write_kv,
+)
+from cabochon.engine.kv_pages import KVPages, LayerPages
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.plan import Plan
 from cabochon.engine.rows import Rows
 from cabochon.kernels.decode_attention import decode_attention
 from cabochon.kernels.prefill_attention import prefill_attention
+from cabochon.kernels.qkv_rope_write import quantize_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +44,18 @@ class TritonInputs(AttentionInputs):
 
 
 class TritonAttention(Attention[TritonInputs]):
-    """Both kernels read all keys from pages, those of this step too."""
+    """Both kernels read all keys from pages, those of this step too.
+
+    A model that writes K and V itself (models/fused.py) uses pages_of and attend_pages, others use attend.
+    """
 
     def __init__(self, model: ModelConfig, pages: KVPages) -> None:
         self._model = model
         self._pages = pages
-        self._device = pages.k[0].device
+        self._move = mover(pages.k[0].device)
 
-    def prepare(self, plan: Plan, rows: Rows) -> TritonInputs:
+    def prepare(self, plan: Plan, rows: Rows, move: Move | None = None) -> TritonInputs:
+        move = move or self._move
         positions = positions_of(plan)
         ends = plan.starts + plan.lens
         # Tables as wide as the longest sequence needs: the decode kernel's grid follows their width
@@ -50,45 +63,68 @@ class TritonAttention(Attention[TritonInputs]):
         first = np.cumsum(plan.lens) - plan.lens
         cu_seqlens = np.append(first[plan.num_decodes :], plan.num_tokens).astype(np.int32)
         return TritonInputs(
-            positions=self._moved(positions),
-            slots=slots_of(plan, rows, positions, self._device),
-            page_tables=[self._moved(table[plan.rows, :width]) for table in rows.page_tables],
-            seq_lens=self._moved(ends.astype(np.int32)),
-            cu_seqlens_q=self._moved(cu_seqlens),
+            positions=move(positions),
+            slots=slots_of(plan, rows, positions, move),
+            page_tables=[move(table[plan.rows, :width]) for table in rows.page_tables],
+            seq_lens=move(ends.astype(np.int32)),
+            cu_seqlens_q=move(cu_seqlens),
             num_decodes=plan.num_decodes,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: TritonInputs) -> Tensor:
-        group, k_pages, v_pages = self._pages.of_layer(layer)
-        write_kv(k_pages, v_pages, k, v, inputs.slots[group])
-        table, lens, num_decodes = inputs.page_tables[group], inputs.seq_lens, inputs.num_decodes
-        out = torch.zeros_like(q)
+        """For models that write nothing themselves; no slot may be −1."""
+        pages = self._pages.of_layer(layer)
+        slots = inputs.slots[pages.group]
+        if pages.k_scales is None or pages.v_scales is None:
+            write_kv(pages.k, pages.v, k, v, slots)
+        else:
+            _write_fp8(pages.k, pages.k_scales, k, slots)
+            _write_fp8(pages.v, pages.v_scales, v, slots)
+        return self.attend_pages(layer, q, inputs)
+
+    def pages_of(self, layer: int) -> LayerPages:
+        """Where a model that writes K and V itself puts them, before it calls attend_pages."""
+        return self._pages.of_layer(layer)
+
+    def attend_pages(
+        self, layer: int, q: Tensor, inputs: TritonInputs, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Attend to what the pages hold, this step's keys included. No host sync: a CUDA graph may hold it.
+
+        q, out: [T', Hq, D]. Rows of no sequence are zero, or in a given `out` as they are: the caller may
+        zero one for all layers. Returns out.
+        """
+        num_decodes, lens = inputs.num_decodes, inputs.seq_lens
+        if out is None:
+            out = torch.empty_like(q)
+            # How many rows the prefills have is known to the device alone, so theirs are zeroed too. Padding
+            # must be finite: what empty memory holds would be multiplied on, and what looks for NaN, find it
+            out[num_decodes:].zero_()
+        pages = self._pages.of_layer(layer)
+        table = inputs.page_tables[pages.group]
+        options: dict[str, Any] = {
+            "scale": self._model.attention_scale,
+            "softcap": self._model.attention_softcap,
+            "window": self._pages.layout.windows[pages.group],
+            "k_scales": pages.k_scales,
+            "v_scales": pages.v_scales,
+        }
         if num_decodes:
+            decode = slice(num_decodes)
             decode_attention(
-                q[:num_decodes],
-                k_pages,
-                v_pages,
-                table[:num_decodes],
-                lens[:num_decodes],
-                scale=self._model.attention_scale,
-                softcap=self._model.attention_softcap,
-                window=self._pages.layout.windows[group],
-                out=out[:num_decodes],
+                q[decode], pages.k, pages.v, table[decode], lens[decode], out=out[decode], **options
             )
         if num_decodes < len(lens):
+            prefill = slice(num_decodes, None)
             prefill_attention(
-                q,
-                k_pages,
-                v_pages,
-                table[num_decodes:],
-                inputs.cu_seqlens_q,
-                lens[num_decodes:],
-                scale=self._model.attention_scale,
-                softcap=self._model.attention_softcap,
-                window=self._pages.layout.windows[group],
-                out=out,
+                q, pages.k, pages.v, table[prefill], inputs.cu_seqlens_q, lens[prefill], out=out, **options
             )
         return out
 
-    def _moved(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+def _write_fp8(pages: Tensor, scales: Tensor, x: Tensor, slots: Tensor) -> None:
+    """x: [T', Hkv, D], of which the first T go to slots [T] of pages [N, P, Hkv, D], scales [N, P, Hkv]."""
+    values, factors = quantize_heads(x[: len(slots)])
+    rows = pages.view(torch.uint8).flatten(0, 1)  # index_copy_ does not know e4m3
+    rows.index_copy_(0, slots, values.view(torch.uint8))
+    scales.flatten(0, 1).index_copy_(0, slots, factors)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+E4M3_MAX = 448.0
+SMALLEST_ROW = 1e-12  # e4m3 rows below have its scale: never 0, and x / s stays finite
 GELU_TILE_ROWS = 64  # keeps the fp32 temporaries of F = 2048 in a core's L2 cache
 
 
@@ -63,3 +65,14 @@ def _gelu(gate: Tensor) -> Tensor:
 def softcap_(scores: Tensor, cap: float) -> Tensor:
     """cap · tanh(scores / cap), in place."""
     return scores.div_(cap).tanh_().mul_(cap)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to e4m3 after division by its scale, max |x| / 448.
+
+    x: [..., K]. Returns e4m3 [..., K] and scales [...] fp32. NaN or infinity in a row makes its scale so.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(-1).clamp_(min=SMALLEST_ROW)
+    scales = largest / torch.full_like(largest, E4M3_MAX)  # CUDA would multiply by a number's reciprocal
+    return (wide / scales[..., None]).to(torch.float8_e4m3fn), scales

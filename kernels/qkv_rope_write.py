@@ -17,9 +17,6 @@ from cabochon.kernels import definitions
 from cabochon.kernels.ahead_of_time import CompileSpec, on_every_sm
 from cabochon.kernels.rms_norm import check_weight
 
-E4M3_MAX = 448.0
-SMALLEST_ROW = 1e-12  # rows below are stored with its scale: x / s stays finite
-
 
 def qkv_rope_write(
     qkv: Tensor,
@@ -123,9 +120,7 @@ def qkv_rope_reference(
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """What e4m3 pages hold of K or V. x: [T, Hkv, D]. Returns e4m3 [T, Hkv, D] and scales [T, Hkv] fp32."""
-    wide = x.float()
-    scales = wide.abs().amax(-1).clamp_(min=SMALLEST_ROW) / E4M3_MAX
-    return (wide / scales[..., None]).to(torch.float8_e4m3fn), scales
+    return definitions.quantize_rows(x)
 
 
 @triton.jit

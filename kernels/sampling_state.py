@@ -8,8 +8,9 @@ The scheduler's thread fills rows at admission; note_tokens keeps the counts as 
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ STOP = tl.constexpr(2)  # forbidden before min_tokens
 
 BLOCK_ENTRIES = 1024
 NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
+Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
+Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +84,20 @@ class SamplingState:
     i / 32; the second is a grammar's, written by its owner.
     """
 
-    def __init__(self, *, max_seqs: int, vocab_size: int, max_entries: int, device: torch.device) -> None:
-        """`max_entries`: A, enough for all distinct tokens of a row, its bias and its stop tokens."""
+    def __init__(
+        self, *, max_seqs: int, vocab_size: int, max_entries: int, allocate: Allocate | torch.device
+    ) -> None:
+        """`max_entries`: A, enough for all distinct tokens of a row, its bias and its stop tokens.
+
+        allocate: gives zeros of a shape and dtype, or the device that has them.
+        """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros((max_seqs, *shape), dtype=dtype, device=device)
+            if isinstance(allocate, torch.device):
+                return torch.zeros((max_seqs, *shape), dtype=dtype, device=allocate)
+            return allocate((max_seqs, *shape), dtype)
 
+        self._has_bits = np.zeros(max_seqs, np.bool_)  # else entry_bits are all zero
         self.vocab_size = vocab_size
         self.max_entries = min(max_entries, vocab_size)
         self.floats = zeros(4, dtype=torch.float32)
@@ -105,53 +116,58 @@ class SamplingState:
         self,
         row: int,
         sampling: RowSampling,
-        prompt_ids: NDArray[np.int32] | NDArray[np.int64] = NO_IDS,
-        output_ids: NDArray[np.int32] | NDArray[np.int64] = NO_IDS,
+        prompt_ids: Ids = NO_IDS,
+        output_ids: Ids = NO_IDS,
     ) -> None:
         """Fill a row at admission, with the tokens that are known by then.
 
         Raises ValueError if its entries do not fit.
         """
+        for target, values in self.row_writes(row, sampling, prompt_ids, output_ids):
+            target.copy_(torch.as_tensor(values, dtype=target.dtype).view_as(target))
+
+    def row_writes(
+        self, row: int, sampling: RowSampling, prompt_ids: Ids = NO_IDS, output_ids: Ids = NO_IDS
+    ) -> list[tuple[Tensor, NDArray[Any]]]:
+        """The same as views and what goes there, for who writes many rows at once."""
         s = sampling
         log_min_p = math.log(s.min_p) if s.min_p > 0 else -math.inf
-        self._copy(self.floats[row], [s.temperature, s.repetition, s.presence, s.frequency])
-        self._copy(self.doubles[row], [s.top_p, log_min_p])
-        self._copy(self.ints[row], [s.flags(self.vocab_size), s.top_k, s.min_tokens])
-        self.seeds[row].fill_(s.seed)
-        self._set_entries(row, s, prompt_ids, output_ids)
+        return [
+            (self.floats[row], np.array([s.temperature, s.repetition, s.presence, s.frequency])),
+            (self.doubles[row], np.array([s.top_p, log_min_p])),
+            (self.ints[row], np.array([s.flags(self.vocab_size), s.top_k, s.min_tokens])),
+            (self.seeds[row : row + 1], np.array([s.seed])),
+            *self._entry_writes(row, s, prompt_ids, output_ids),
+        ]
 
-    def _set_entries(
-        self,
-        row: int,
-        sampling: RowSampling,
-        prompt_ids: NDArray[np.int32] | NDArray[np.int64],
-        output_ids: NDArray[np.int32] | NDArray[np.int64],
-    ) -> None:
+    def _entry_writes(
+        self, row: int, sampling: RowSampling, prompt_ids: Ids, output_ids: Ids
+    ) -> Iterator[tuple[Tensor, NDArray[Any]]]:
         seen = np.concatenate([prompt_ids, output_ids]) if sampling.has_penalties else NO_IDS
         stops = np.array(sorted(sampling.stop_ids), np.int64) if sampling.min_tokens > 0 else NO_IDS
         biased = np.array(list(sampling.bias), np.int64)
         ids = np.unique(np.concatenate([seen, stops, biased]).astype(np.int64))
         if len(ids) > self.max_entries:
             raise ValueError(f"a row may have {self.max_entries} tokens of its own, got {len(ids)}")
+        yield self.num_entries[row : row + 1], np.array([len(ids)])
+        may_have_bits = len(ids) > 0 or sampling.has_penalties
+        if may_have_bits or self._has_bits[row]:
+            bits = np.zeros(self.entry_bits.shape[1] * 32, np.bool_)
+            bits[ids] = True
+            yield self.entry_bits[row], np.packbits(bits, bitorder="little").view(np.int32)
+        self._has_bits[row] = may_have_bits
+        if not len(ids):
+            return
         bias = np.zeros(len(ids), np.float32)
         bias[np.searchsorted(ids, biased)] = list(sampling.bias.values())
-        counts = (
-            np.bincount(np.searchsorted(ids, output_ids), minlength=len(ids))
-            if sampling.has_penalties
-            else 0 * ids
-        )
+        counts = 0 * ids
+        if sampling.has_penalties:
+            counts = np.bincount(np.searchsorted(ids, output_ids), minlength=len(ids))
+        yield self.entry_ids[row, : len(ids)], ids
+        yield self.entry_bias[row, : len(ids)], bias
+        yield self.entry_counts[row, : len(ids)], counts
         marks = np.isin(ids, seen) * int(SEEN.value) + np.isin(ids, stops) * int(STOP.value)
-        bits = np.zeros(self.entry_bits.shape[1] * 32, np.bool_)
-        bits[ids] = True
-        self._copy(self.entry_ids[row, : len(ids)], ids)
-        self._copy(self.entry_bias[row, : len(ids)], bias)
-        self._copy(self.entry_counts[row, : len(ids)], counts)
-        self._copy(self.entry_marks[row, : len(ids)], marks)
-        self._copy(self.entry_bits[row], np.packbits(bits, bitorder="little").view(np.int32))
-        self.num_entries[row].fill_(len(ids))
-
-    def _copy(self, target: Tensor, values: object) -> None:
-        target.copy_(torch.as_tensor(values, dtype=target.dtype))
+        yield self.entry_marks[row, : len(ids)], marks
 
 
 def note_tokens(row_ids: Tensor, sampled: Tensor, state: SamplingState) -> None:

@@ -202,9 +202,10 @@ def _print_banner(engine: Engine, sock: socket.socket, *, has_ui: bool) -> None:
     )
     page = f"  try it at {url.removesuffix('v1')}\n" if has_ui else ""
     weights_gib, kv_gib = info.weight_bytes / 2**30, info.kv_bytes / 2**30
+    kept = info.dtype if info.quantization == "none" else f"{info.dtype}, weights {info.quantization}"
     print(
         f"\n  Cabochon {VERSION}\n{note}"
-        f"  model     {info.model} ({info.architecture}, {info.dtype}, {weights_gib:.2f} GiB of weights)\n"
+        f"  model     {info.model} ({info.architecture}, {kept}, {weights_gib:.2f} GiB of weights)\n"
         f"  device    {info.device}, attention {info.attention_backend}\n"
         f"  KV cache  {info.kv_capacity_tokens:,} tokens in {kv_gib:.2f} GiB;"
         f" a request has up to {info.max_model_len:,}\n"

@@ -60,7 +60,8 @@ class Service:
         self.metrics = Metrics(engine, self.names[0])
         self.lifecycle = Lifecycle(engine, config)
         self.started = int(time.time())
-        self.fingerprint = f"cabochon-{VERSION}-{engine.info.dtype}"
+        quantized = "" if engine.info.quantization == "none" else f"-{engine.info.quantization}"
+        self.fingerprint = f"cabochon-{VERSION}-{engine.info.dtype}{quantized}"
 
     def check_model(self, name: str | None) -> str:
         """The name to echo. Raises ApiError (404) if it is not served here."""

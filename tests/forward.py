@@ -1,13 +1,15 @@
 """Drives the forward pass by hand: chosen chunks, chosen pages, no scheduler."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from cabochon.engine.attention import TorchAttention
+from cabochon.engine.attention import make_attention
 from cabochon.engine.kv_layout import kv_layout
-from cabochon.engine.kv_pages import KVPages
+from cabochon.engine.kv_pages import FP8, KVPages
+from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
@@ -23,16 +25,23 @@ class Forward:
         weights: dict[str, torch.Tensor],
         *,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
+        model_class: type[Gemma] = Gemma,
+        backend: Literal["torch", "triton"] = "torch",
         page_tokens: int = 4,
         max_seqs: int = 8,
         max_len: int = 512,
         seed: int = 0,
+        make_linear: MakeLinear = Linear,
     ) -> None:
-        self.model = Gemma(config, lambda name, shape: weights[name].to(dtype).view(shape), max_len)
-        self.layout = kv_layout(config, page_tokens, dtype.itemsize)
+        self.model = model_class(
+            config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear
+        )
+        kv_dtype = kv_dtype or dtype
+        self.layout = kv_layout(config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
         per_seq = -(-max_len // page_tokens) * self.layout.num_groups
-        self.pages = KVPages(config, self.layout, max_seqs * per_seq, dtype, torch.device("cpu"))
-        for tensor in (*self.pages.k, *self.pages.v):
+        self.pages = KVPages(config, self.layout, max_seqs * per_seq, kv_dtype, torch.device("cpu"))
+        for tensor in (*self.pages.k, *self.pages.v, *self.pages.k_scales, *self.pages.v_scales):
             tensor[1:] = torch.nan  # recycled pages may hold anything; page 0 is the null page
         self.rows = Rows(
             max_seqs=max_seqs,
@@ -41,10 +50,16 @@ class Forward:
             page_tokens=page_tokens,
         )
         self._free = list(np.random.default_rng(seed).permutation(max_seqs * per_seq) + 1)
-        self.attention = TorchAttention(config, self.pages)
+        self.attention = make_attention(backend, config, self.pages)
 
     def add(self, ids: Sequence[int]) -> int:
         return self.rows.take(list(ids), len(ids))
+
+    def attach(self, row: int, other: int, num_pages: int) -> None:
+        """A prefix hit: the first pages of `other` are computed tokens of `row`, too."""
+        for table in self.rows.page_tables:
+            table[row, :num_pages] = table[other, :num_pages]
+        self.rows.num_computed[row] = num_pages * self.rows.page_tokens
 
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[int, int]]) -> list[torch.Tensor]:

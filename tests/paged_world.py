@@ -5,7 +5,9 @@ position it looks up every key that position sees, in every layer group, and com
 function of the tokens before them alone, so outputs do not depend on chunking, caching or preemption.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -49,8 +51,20 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(2, VOCAB, length).tolist()
 
 
+class Flying(NamedTuple):
+    """A step as it was launched: the host's rows and tables change before it runs."""
+
+    plan: Plan
+    admitted: dict[int, list[int]]  # known tokens by row
+    page_tables: NDArray[np.int32]
+
+
 class World:
-    """Scheduler, pages and the checking runner. `check_contents=False` where hash collisions are forced."""
+    """Scheduler, pages and the checking runner. No contents are checked where hash collisions are forced.
+
+    A step runs as late as it can, when its results are waited for: with a depth of 2 after the next one was
+    scheduled and launched.
+    """
 
     def __init__(
         self,
@@ -63,7 +77,11 @@ class World:
         max_model_len: int = 48,
         digest_bytes: int = 16,
         caching: bool = True,
+        depth: int = 1,
     ) -> None:
+        self.depth = depth
+        self.flying: deque[Flying] = deque()
+        self.device_ids: dict[int, list[int]] = {}  # by row: what the device knows, in the order of its steps
         self.rows = Rows(
             max_seqs=max_seqs, max_model_len=max_model_len, num_groups=len(windows), page_tokens=page_tokens
         )
@@ -92,24 +110,29 @@ class World:
         self.outputs[message.request_id] = []
 
     def step(self, in_flight: Callable[[], object] | None = None) -> Plan | None:
-        """Schedule, run, update; `in_flight` is called before the update, while the step is on the device."""
+        """Schedule and launch, then run and enter the oldest step if there are enough.
+
+        `in_flight` is called between, while steps are on the device. None: nothing happened.
+        """
         before = list(self.scheduler._running)
-        ready = {
-            row
-            for row in (r.row for r in before)
-            if self.rows.num_tokens[row] - self.rows.num_computed[row] == 1
-        }
+        ready = {r.row for r in before if self.scheduler._remaining(r) == 1}
         plan = self.scheduler.schedule()
-        if plan is None:
-            return None
-        assert not set(before) & set(self.scheduler.take_admitted()), "preempted and admitted in one step"
-        self._check_plan(plan, ready)
-        tokens = np.array(self._run(plan), np.int32)
-        if in_flight is not None:
+        if plan is not None:
+            assert not set(before) & set(self.scheduler.take_admitted()), "preempted and admitted in one step"
+            self._check_plan(plan, ready)
+            admitted = {r.row: list(r.token_ids) for r in self.scheduler.take_admitted() if r.row is not None}
+            self.flying.append(Flying(plan, admitted, self.rows.page_tables.copy()))
+            self._check_owners(plan)
+            if self.depth > 1:
+                self.scheduler.advance(plan)
+            self.plans.append(plan)
+        if in_flight is not None and self.flying:
             in_flight()
-        for output in self.scheduler.update(plan, tokens):
-            self._note(output)
-        self.plans.append(plan)
+        if self.flying and (plan is None or len(self.flying) == self.depth):
+            oldest = self.flying.popleft()
+            for output in self.scheduler.update(oldest.plan, np.array(self._run(oldest), np.int32)):
+                self._note(output)
+            return oldest.plan
         return plan
 
     def run(self, max_steps: int = 2000) -> int:
@@ -141,37 +164,46 @@ class World:
         still_running = {r.row for r in self.scheduler._running if r not in self.scheduler.take_admitted()}
         assert ready & still_running <= set(plan.rows.tolist()), "a decode was skipped"
 
-    def _run(self, plan: Plan) -> list[int]:
+    def _check_owners(self, plan: Plan) -> None:
+        for row, start, length in zip(plan.rows, plan.starts, plan.lens, strict=True):
+            for position in range(start, start + length):
+                for group in range(len(self.windows)):
+                    page, _ = self._slot(self.rows.page_tables, group, row, position)
+                    assert self.pool.references(page) == 1, "writes a page that others read"
+
+    def _run(self, step: Flying) -> list[int]:
         tokens = []
+        self.device_ids |= {row: list(ids) for row, ids in step.admitted.items()}
+        plan, tables = step.plan, step.page_tables
         for row, start, length, samples in zip(plan.rows, plan.starts, plan.lens, plan.samples, strict=True):
-            known = self.rows.token_ids[row, : self.rows.num_tokens[row]].tolist()
+            known = self.device_ids[row]
             for position in range(start, start + length):
-                self._write(row, position, known)
+                self._write(tables, row, position, known)
             for position in range(start, start + length):
-                self._look_back(row, position, known)
+                self._look_back(tables, row, position, known)
             if samples:
+                assert start + length == len(known), "the device knows another number of tokens"
                 tokens.append(next_token(known))
+                known.append(tokens[-1])
         return tokens
 
-    def _slot(self, group: int, row: int, position: int) -> tuple[int, int]:
+    def _slot(self, tables: NDArray[np.int32], group: int, row: int, position: int) -> tuple[int, int]:
         page_idx, offset = divmod(position, self.rows.page_tokens)
-        page = int(self.rows.page_tables[group, row, page_idx])
+        page = int(tables[group, row, page_idx])
         assert page != NULL_PAGE, f"position {position} has no page in group {group}"
         return page, offset
 
-    def _write(self, row: int, position: int, known: list[int]) -> None:
+    def _write(self, tables: NDArray[np.int32], row: int, position: int, known: list[int]) -> None:
         for group in range(len(self.windows)):
-            page, offset = self._slot(group, row, position)
-            assert self.pool.references(page) == 1, "writes a page that others read"
-            self.contents[page, offset] = self._content(group, known, position)
+            self.contents[self._slot(tables, group, row, position)] = self._content(group, known, position)
 
-    def _look_back(self, row: int, position: int, known: list[int]) -> None:
+    def _look_back(self, tables: NDArray[np.int32], row: int, position: int, known: list[int]) -> None:
         for group, window in enumerate(self.windows):
             first = 0 if window is None else max(0, position - window + 1)
             for key in range(first, position + 1):
-                page, offset = self._slot(group, row, key)
+                place = self._slot(tables, group, row, key)
                 if self.check_contents:
-                    assert self.contents[page, offset] == self._content(group, known, key), "wrong page"
+                    assert self.contents[place] == self._content(group, known, key), "wrong page"
 
     @staticmethod
     def _content(group: int, known: list[int], position: int) -> int:

@@ -24,6 +24,13 @@ BASE = {
     "rms_norm_eps": 1e-6,
 }
 
+SMALL_GEMMA3 = {  # for the interpreter: few heads and layers, in three layer groups
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
 
 def random_gemma2(seed: int = 0, qk_gain: float = 24.0, **overrides: object) -> Gemma2ForCausalLM:
     """A Gemma 2 whose scores pass the softcap and whose norm weights are not zero."""

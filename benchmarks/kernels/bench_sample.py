@@ -36,7 +36,7 @@ def eager(logits: Tensor) -> Tensor:
 
 def cases(kind: str, rows: int, vocab: int, vocab_tile: int, device: str = "cuda") -> Iterator[Case]:
     logits = (torch.randn(rows, vocab, device=device) * 4).bfloat16()
-    state = SamplingState(max_seqs=rows, vocab_size=vocab, max_entries=9216, device=torch.device(device))
+    state = SamplingState(max_seqs=rows, vocab_size=vocab, max_entries=9216, allocate=torch.device(device))
     for row in range(rows):
         state.set_row(row, KINDS[kind])
     row_ids = torch.arange(rows, device=device, dtype=torch.int32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.attention import Attention, AttentionInputs
-from cabochon.engine.linear import Linear
+from cabochon.engine.linear import AnyLinear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
 
@@ -29,18 +29,22 @@ class _Layer:
     post_mlp_norm: Tensor
     q_norm: Tensor | None  # [D], Gemma 3
     k_norm: Tensor | None
-    qkv: Linear  # [(Hq + 2 Hkv) D, E]
-    out: Linear  # [E, Hq D]
-    gate_up: Linear  # [2 F, E]
-    down: Linear  # [E, F]
+    qkv: AnyLinear  # [(Hq + 2 Hkv) D, E]
+    out: AnyLinear  # [E, Hq D]
+    gate_up: AnyLinear  # [2 F, E]
+    down: AnyLinear  # [E, F]
     is_sliding: bool
 
 
 class Gemma:
     """Weights and forward pass. Names are those of transformers' checkpoints."""
 
-    def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
-        """Take every weight once through `load`, layer by layer, packing as it goes."""
+    is_graph_safe = False  # whether a CUDA graph may hold `hidden` with padding among its sequences
+
+    def __init__(
+        self, config: ModelConfig, load: LoadTensor, max_model_len: int, make_linear: MakeLinear = Linear
+    ) -> None:
+        """Take every weight once through `load`, layer by layer, packing or quantizing as it goes."""
         self.config = config
         D = config.head_dim
         embedding = load("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
@@ -49,9 +53,9 @@ class Gemma:
         self._embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype).to(
             embedding.device
         )
-        self._layers = [_load_layer(config, load, layer) for layer in range(config.num_layers)]
+        self._layers = [_load_layer(config, load, make_linear, layer) for layer in range(config.num_layers)]
         self._final_norm = _norm(load, "model.norm.weight", config.hidden_size)
-        self._head = Linear(embedding)  # tied; its packed form is a copy
+        self._head = make_linear(embedding)  # tied; its packed or quantized form is a copy
         kinds = {
             True: (config.rope_theta_sliding, 1.0),
             False: (config.rope_theta_global, config.rope_factor_global),
@@ -63,13 +67,13 @@ class Gemma:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights, on a CPU the packed head beside the embedding counted."""
+        """Bytes of all weights, a packed or quantized head beside the embedding counted."""
         linears = [
             linear.num_bytes
             for layer in self._layers
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
-        head = self._head.num_bytes if self._head.is_packed else 0  # else it is the embedding itself
+        head = self._head.num_bytes if self._head.is_copy else 0  # else it is the embedding itself
         return self._embedding.nbytes + head + sum(linears)
 
     def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:
@@ -89,15 +93,26 @@ class Gemma:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R', E], R' a multiple of 4. Returns [R', V], not softcapped, in the working dtype."""
-        return self._head(self._normed(hidden))
+        return self.head(self.normed(hidden))
+
+    def head(self, normed: Tensor) -> Tensor:
+        """normed: [R', E], after the final norm. Returns [R', V]."""
+        return self._head(normed)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm. hidden: [R, E]."""
+        return rms_norm(hidden, self._final_norm, self.config.norm_eps)
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, E], the head's weight too."""
+        return self._embedding
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Uncapped logits of some (row, token) pairs. hidden: [C, E]. token_ids: [C]. Returns [C] fp32."""
-        rows = self._embedding.index_select(0, token_ids).float()
-        return (self._normed(hidden).float() * rows).sum(-1)
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self._final_norm, self.config.norm_eps)
+        # The head's own product before rounding, a quantized head's too: ties are made by its values, and the
+        # unquantized embedding would choose among them, and fill in log probabilities, by another model.
+        return self._head.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))
 
     def _forward_layer(
         self,
@@ -137,14 +152,14 @@ def _norm(load: LoadTensor, name: str, size: int) -> Tensor:
     return load(name, (size,)).float() + 1  # fp32: bf16(1 + w) loses a small w
 
 
-def _load_layer(config: ModelConfig, load: LoadTensor, index: int) -> _Layer:
+def _load_layer(config: ModelConfig, load: LoadTensor, make_linear: MakeLinear, index: int) -> _Layer:
     prefix = f"model.layers.{index}."
     E, D, F = config.hidden_size, config.head_dim, config.mlp_size
     q_size, kv_size = config.num_heads * D, config.num_kv_heads * D
 
-    def linear(*parts: tuple[str, int], k: int) -> Linear:
+    def linear(*parts: tuple[str, int], k: int) -> AnyLinear:
         weights = [load(f"{prefix}{name}.weight", (n, k)) for name, n in parts]
-        return Linear(torch.cat(weights) if len(weights) > 1 else weights[0])
+        return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0])
 
     def norm(name: str, size: int = E) -> Tensor:
         return _norm(load, f"{prefix}{name}.weight", size)

@@ -10,6 +10,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 
 DTYPE = "dtype must be auto, bf16 or fp32, got {}: Gemma overflows in fp16, use bf16"
+KV_DTYPE = "kv_dtype must be auto or fp8, got {}: auto keeps K and V in the working dtype"
 PAGE = "page_tokens must be a power of two, got {}: 16 is usual"
 SEQS = "max_seqs must be at least 1, got {}: raise it"
 STEP = (
@@ -27,6 +28,9 @@ THREADS = "threads must be at least 1, got {}: leave it out for all cores"
     [
         ("dtype", "fp16", DTYPE),
         ("dtype", None, DTYPE),
+        ("kv_dtype", "fp16", KV_DTYPE),
+        ("kv_dtype", None, KV_DTYPE),
+        ("quantization", "int4", "quantization must be none or fp8, got int4: use none"),
         ("page_tokens", 0, PAGE),
         ("page_tokens", -16, PAGE),
         ("page_tokens", 3, PAGE),
@@ -62,8 +66,11 @@ def test_a_value_out_of_range_is_refused(option: str, value: object, message: st
         ("dtype", "auto"),
         ("dtype", "bf16"),
         ("dtype", "fp32"),
+        ("kv_dtype", "auto"),
+        ("kv_dtype", "fp8"),
         ("page_tokens", 1),
         ("page_tokens", 512),
+        ("page_tokens", None),
         ("max_seqs", 1),
         ("max_seqs", 512),
         ("step_tokens", 64),

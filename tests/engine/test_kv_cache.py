@@ -19,9 +19,9 @@ MAX_LEN = 64
 
 
 def cache_of(
-    windows: Sequence[int | None], *, page_tokens: int = 4, num_pages: int = 200
+    windows: Sequence[int | None], *, page_tokens: int = 4, num_pages: int = 200, max_len: int = MAX_LEN
 ) -> tuple[Rows, KVCache]:
-    rows = Rows(max_seqs=3, max_model_len=MAX_LEN, num_groups=len(windows), page_tokens=page_tokens)
+    rows = Rows(max_seqs=3, max_model_len=max_len, num_groups=len(windows), page_tokens=page_tokens)
     return rows, KVCache(rows, PagePool(num_pages), PageHasher(b"secret"), windows)
 
 
@@ -108,6 +108,22 @@ def test_windows_of_every_size_keep_exactly_what_is_seen(window: int, page_token
             open_page = {computed // page_tokens} if computed % page_tokens else set()
             for group in (0, 1):
                 seen = visible_pages(cache._windows[group], computed, page_tokens)
+                assert held(rows, row, group) == sorted({*seen, *open_page})
+
+
+@pytest.mark.parametrize("window", [1, 255, 256, 257, 258, 512, 513, 4096])
+def test_pages_of_256_tokens_keep_exactly_what_is_seen(window: int) -> None:
+    P, max_len = 256, 2048
+    for chunks in ([512, 1, 255, 256, 257, 511, 1, 1], [255, 1, 1, 1, 254, 512, 512]):
+        rows, cache = cache_of([window, None], page_tokens=P, max_len=max_len)
+        request = request_of(range(max_len))
+        row = enter(rows, cache, request)
+        for chunk in chunks:
+            compute(rows, cache, request, chunk)
+            computed = int(rows.num_computed[row])
+            open_page = {computed // P} if computed % P else set()
+            for group in (0, 1):
+                seen = visible_pages(cache._windows[group], computed, P)
                 assert held(rows, row, group) == sorted({*seen, *open_page})
 
 

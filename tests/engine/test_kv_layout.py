@@ -57,6 +57,13 @@ def test_gemma2_has_two_groups_of_equal_size(size: str, layers: int, page_bytes:
     assert layout.place == tuple((layer % 2, layer // 2) for layer in range(2 * layers))
 
 
+@pytest.mark.parametrize(("size", "page_bytes"), [("2B", 432_640), ("9B", 1_397_760), ("27B", 1_554_432)])
+def test_fp8_pages_have_an_fp32_scale_per_token_and_kv_head(size: str, page_bytes: int) -> None:
+    layout = kv_layout(GEMMA2[size], 16, 1, has_scales=True)
+    assert layout.page_bytes == page_bytes  # K and V · layers · 16 tokens · Hkv · (D + 4)
+    assert 1.93 < kv_layout(GEMMA2[size], 16, BF16).page_bytes / page_bytes < 1.97
+
+
 def test_gemma3_270m_has_six_groups_of_three_layers() -> None:
     layout = kv_layout(gemma3(18), 16, BF16)
     assert layout.windows == (512, 512, 512, 512, 512, None)

@@ -1,5 +1,6 @@
 """From a directory to an engine: what `auto` becomes, what is refused, what the engine says of itself."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -16,11 +17,13 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.kv_layout import KVLayout, kv_layout
-from cabochon.engine.load import load_engine, settle_backend, settle_device, usable_cores
+from cabochon.engine.linear import Fp8Linear, Linear
+from cabochon.engine.load import load_engine, usable_cores
 from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
 from cabochon.engine.models.checkpoint import CPU, Checkpoint
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.engine.settle import model_class_for, settle_backend, settle_device, settle_linear
 
 PAGE_TOKENS = 4
 STEP_TOKENS = 16
@@ -120,7 +123,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("asked", "device", "backend"),
-    [("auto", "cpu", "torch"), ("auto", "cuda", "triton"), ("torch", "cuda", "torch")],
+    [
+        ("auto", "cpu", "torch"),
+        ("auto", "cuda", "triton"),
+        ("torch", "cuda", "torch"),
+        ("flash-attn", "cuda", "flash-attn"),
+    ],
 )
 def test_auto_says_why_it_chose_a_backend(
     caplog: pytest.LogCaptureFixture, asked: str, device: str, backend: str
@@ -132,13 +140,45 @@ def test_auto_says_why_it_chose_a_backend(
     assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
 
 
-REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU"}
+REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU, and flash-attn is not measured yet"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match="attention_backend must be torch on this cpu"):
         settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"))
+
+
+def test_fp8_pages_are_refused_where_nothing_reads_them(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_gemma2_dir / "config.json", tmp_path)  # before weights are looked for
+    message = (
+        "kv_dtype must be auto with the torch attention backend, got fp8: use auto, or a GPU and"
+        " attention_backend triton"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load(tmp_path, kv_dtype="fp8")
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(("kv_dtype", "head_bytes"), [("auto", 16 * 4), ("fp8", 16 + 4)])
+def test_fp8_pages_hold_more_tokens(tiny_gemma2_dir: Path, kv_dtype: str, head_bytes: int) -> None:
+    _, info = load(tiny_gemma2_dir, kv_dtype=kv_dtype, attention_backend="triton")
+    page_bytes = layout_of(tiny_gemma2_dir).page_bytes // (16 * 4) * head_bytes
+    assert info.num_pages == int(0.002 * 2**30) // page_bytes
+    assert info.kv_bytes == (info.num_pages + 1) * page_bytes
+    assert info.dtype == "fp32"
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "name"),
+    [("torch", 16, "Gemma"), ("triton", 16, "FusedGemma"), ("triton", 24, "Gemma")],
+)
+def test_the_fused_model_is_taken_where_its_kernels_run(
+    tiny_gemma2_dir: Path, backend: str, head_dim: int, name: str
+) -> None:
+    config = dataclasses.replace(load_model_config(tiny_gemma2_dir), head_dim=head_dim)
+    assert model_class_for(backend, config).__name__ == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp32", 4)])
@@ -152,6 +192,50 @@ def test_weights_and_pages_have_the_dtype_that_is_asked_for(
     page_bytes = layout_of(tiny_gemma2_dir).page_bytes * itemsize // 4
     assert info.num_pages == int(0.002 * 2**30) // page_bytes
     assert info.kv_bytes == (info.num_pages + 1) * page_bytes
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_fp8_runs_where_the_gpu_has_its_products(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    cuda = torch.device("cuda")
+    assert settle_linear(EngineConfig(quantization="fp8"), cuda, "bf16") is Fp8Linear
+    assert settle_linear(EngineConfig(), cuda, "bf16") is Linear
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6)])
+def test_fp8_is_refused_on_a_gpu_without_its_products(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    message = (
+        "quantization must be none on a GPU of compute capability below 8.9, which has no fp8 products,"
+        f" got fp8 and {capability[0]}.{capability[1]}: use none"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        settle_linear(EngineConfig(quantization="fp8"), torch.device("cuda"), "bf16")
+
+
+def test_fp8_on_a_gpu_is_refused_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ConfigError, match="dtype must be bf16 with quantization fp8 on a GPU, got fp32"):
+        settle_linear(EngineConfig(quantization="fp8"), torch.device("cuda"), "fp32")
+
+
+def test_fp8_on_a_cpu_says_that_it_is_emulated_and_counts_its_bytes(
+    tiny_gemma2_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load(tiny_gemma2_dir, dtype="bf16")[1]
+    assert plain.quantization == "none"
+    assert "emulated" not in caplog.text
+    info = load(tiny_gemma2_dir, dtype="bf16", quantization="fp8")[1]
+    assert "quantization=fp8 device=cpu is emulated, slower than none and no smaller" in caplog.text
+    assert info.quantization == "fp8"
+    channels = sum(
+        rows for name, (rows, _) in matrices(tiny_gemma2_dir)
+    )  # of each matrix, the head's among them
+    assert info.weight_bytes == plain.weight_bytes + 4 * channels
 
 
 def test_the_engine_says_what_it_has_loaded(tiny_gemma3_dir: Path) -> None:
@@ -175,6 +259,10 @@ def test_one_line_says_that_the_engine_is_ready(
         f" pages={info.num_pages} page_tokens=4 kv_bytes={info.kv_bytes} weight_bytes={info.weight_bytes}"
     )
     assert [record.getMessage() for record in caplog.records if "ready" in record.getMessage()] == [expected]
+
+
+def test_pages_have_16_tokens_unless_a_size_or_another_backend_is_asked_for(tiny_gemma2_dir: Path) -> None:
+    assert load(tiny_gemma2_dir, page_tokens=None)[1].page_tokens == 16
 
 
 @pytest.mark.parametrize("threads", [1, 2])

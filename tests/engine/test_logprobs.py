@@ -86,7 +86,7 @@ def test_rounded_logits_are_reported_exactly(softcap: float | None) -> None:
     capped = truth.double() if softcap is None else softcap * (truth.double() / softcap).tanh()
     expected = capped.log_softmax(-1)
     rounded = truth.bfloat16().float()
-    found = token_logprobs(rounded, chosen, 5, softcap, lambda rows, ids: truth[rows, ids])
+    found = token_logprobs(rounded, chosen, 5, softcap, lambda rows, ids: truth[rows, ids]).rows()
     for row, one in enumerate(found):
         assert one.logprob == pytest.approx(float(expected[row, chosen[row]]), abs=2e-3)
         assert one.top_ids == expected[row].topk(5).indices.tolist()
@@ -96,5 +96,5 @@ def test_rounded_logits_are_reported_exactly(softcap: float | None) -> None:
 def test_equal_tokens_are_ordered_by_id() -> None:
     logits = torch.zeros(1, 300)
     logits[0, [250, 9, 100]] = 2.0
-    (one,) = token_logprobs(logits, torch.tensor([100]), 3, None, None)
+    (one,) = token_logprobs(logits, torch.tensor([100]), 3, None, None).rows()
     assert one.top_ids == [9, 100, 250]

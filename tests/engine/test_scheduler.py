@@ -151,32 +151,37 @@ def test_a_running_id_is_refused() -> None:
         world.scheduler.add(request("a", [5]))
 
 
-def test_an_abort_in_flight_drops_that_token_and_no_other() -> None:
-    world = World()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_abort_in_flight_drops_that_token_and_no_other(depth: int) -> None:
+    world = World(depth=depth)
     for name in "abc":
         world.add(request(name, prompt_of(5, seed=ord(name)), max_tokens=6, ignore_eos=True))
     world.step()
     world.step(in_flight=lambda: world.scheduler.abort("b"))
     world.scheduler.check()
-    assert [len(world.outputs[name]) for name in "abc"] == [2, 1, 2]
+    late = depth - 1  # steps whose tokens have not come back
+    assert [len(world.outputs[name]) for name in "abc"] == [2 - late, 1 - late, 2 - late]
     world.run()
     for name in "ac":
         assert world.outputs[name] == expected_output(prompt_of(5, seed=ord(name)), 6, ignore_eos=True)
 
 
-def test_an_abort_of_a_chunk_in_flight_leaves_nothing_behind() -> None:
-    world = World(step_tokens=8)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_abort_of_a_chunk_in_flight_leaves_nothing_behind(depth: int) -> None:
+    world = World(step_tokens=8, depth=depth)
     world.add(request("a", prompt_of(30)))
     world.step()
     world.step(in_flight=lambda: world.scheduler.abort("a"))
     world.scheduler.check()
+    world.run()
     assert not world.scheduler.has_work
     assert world.pool.num_used == 0
     assert not world.rows.num_computed.any()
 
 
-def test_an_id_may_be_used_again_while_its_abort_is_in_flight() -> None:
-    world = World()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_id_may_be_used_again_while_its_abort_is_in_flight(depth: int) -> None:
+    world = World(depth=depth)
     world.add(request("a", prompt_of(5)))
 
     def replace() -> None:
@@ -187,6 +192,36 @@ def test_an_id_may_be_used_again_while_its_abort_is_in_flight() -> None:
     assert world.outputs["a"] == []
     world.run()
     assert world.outputs["a"] == expected_output(prompt_of(6, seed=1), 4)
+
+
+def test_with_two_steps_in_flight_every_token_but_the_first_comes_a_step_late() -> None:
+    one, two = World(), World(depth=2)
+    for world in (one, two):
+        world.add(request("a", prompt_of(5), max_tokens=6, ignore_eos=True))
+        world.run()
+    assert one.outputs == two.outputs
+    assert len(one.plans) == len(two.plans) == 6, "no step follows the one that is certain to be the last"
+
+
+def test_a_stop_token_wastes_one_step_in_flight_and_gives_nothing_after_it() -> None:
+    prompt = next(p for p in map(prompt_of, [5] * 200, range(200)) if len(expected_output(p, 20)) == 4)
+    world = World(depth=2)
+    world.add(request("a", prompt, max_tokens=20))
+    world.run()
+    assert world.outputs["a"] == expected_output(prompt, 20)
+    assert world.reasons["a"] == "stop"
+    assert len(world.plans) == 5
+    assert world.pool.num_used == 0
+
+
+def test_a_request_preempted_in_flight_computes_its_unknown_token_again() -> None:
+    world = World(depth=2, num_pages=17, windows=(None,), page_tokens=1, max_model_len=16, max_seqs=2)
+    for name in "ab":
+        world.add(request(name, prompt_of(4, seed=ord(name)), max_tokens=12, ignore_eos=True))
+    world.run()
+    assert world.scheduler.stats().preemptions > 0
+    for name in "ab":
+        assert world.outputs[name] == expected_output(prompt_of(4, seed=ord(name)), 12, ignore_eos=True)
 
 
 def test_the_oldest_advances_even_if_decodes_leave_one_token() -> None:

@@ -37,8 +37,9 @@ class Machine(RuleBasedStateMachine):
         max_seqs=st.integers(1, 5),
         step_tokens=st.integers(5, 24),
         caching=st.sampled_from([True, True, True, False]),
+        depth=st.sampled_from([1, 2]),
     )
-    def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching) -> None:
+    def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching, depth) -> None:
         self.world = World(
             num_pages=pages_for_one(windows, page_tokens, step_tokens) + spare,
             page_tokens=page_tokens,
@@ -48,6 +49,7 @@ class Machine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             digest_bytes=self.digest_bytes,
             caching=caching,
+            depth=depth,
         )
         self.requests: dict[str, tuple[list[int], int, bool]] = {}
         self.aborted: set[str] = set()
@@ -168,8 +170,10 @@ def test_ten_thousand_steps_of_random_walks(machine: type[Machine]) -> None:
 
 
 @pytest.mark.parametrize("windows", LAYOUTS)
-@pytest.mark.parametrize("digest_bytes", [16, 1])
-def test_a_thousand_steps_under_steady_load(windows: tuple[int | None, ...], digest_bytes: int) -> None:
+@pytest.mark.parametrize(("digest_bytes", "depth"), [(16, 1), (16, 2), (1, 1)])
+def test_a_thousand_steps_under_steady_load(
+    windows: tuple[int | None, ...], digest_bytes: int, depth: int
+) -> None:
     """Long runs in one world: the pool is always full, so pages are reused often."""
     rng = random.Random(f"{windows}")
     world = World(
@@ -180,6 +184,7 @@ def test_a_thousand_steps_under_steady_load(windows: tuple[int | None, ...], dig
         step_tokens=12,
         max_model_len=MAX_MODEL_LEN,
         digest_bytes=digest_bytes,
+        depth=depth,
     )
     prompts: dict[str, list[int]] = {}
     for step in range(1000):

@@ -67,7 +67,7 @@ class World:
         self.rows.take([1], 1)  # so that row ids are not the rows' indices
         self.sampler = Sampler(V, softcap)
         self.state = SamplingState(
-            max_seqs=len(params) + 2, vocab_size=V, max_entries=40, device=torch.device("cpu")
+            max_seqs=len(params) + 2, vocab_size=V, max_entries=40, allocate=torch.device("cpu")
         )
         self.row_ids: list[int] = []
         for index, each in enumerate(params):
@@ -112,7 +112,7 @@ def noise(rows: int, V: int, seed: int = 0, gain: float = 4.0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_takes_the_largest_logit_and_of_equals_the_lowest_id(V: int, dtype: torch.dtype) -> None:
     if V < 80:  # the fixed prompt needs more tokens
-        state = SamplingState(max_seqs=3, vocab_size=V, max_entries=10, device=torch.device("cpu"))
+        state = SamplingState(max_seqs=3, vocab_size=V, max_entries=10, allocate=torch.device("cpu"))
         for row in range(3):
             state.set_row(row, RowSampling(temperature=0.0))
         ones = torch.ones(3, dtype=torch.int32)

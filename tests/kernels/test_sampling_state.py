@@ -33,7 +33,7 @@ V = 100
 
 def state(max_entries: int = 16, vocab_size: int = V) -> SamplingState:
     return SamplingState(
-        max_seqs=3, vocab_size=vocab_size, max_entries=max_entries, device=torch.device("cpu")
+        max_seqs=3, vocab_size=vocab_size, max_entries=max_entries, allocate=torch.device("cpu")
     )
 
 

@@ -6,6 +6,7 @@ import bench_embed_norm
 import bench_geglu
 import bench_prepare_inputs
 import bench_qkv_rope_write
+import bench_quantize_rows
 import bench_rms_norm
 import bench_sample
 import bench_sandwich_norm
@@ -20,6 +21,7 @@ CASES: dict[str, Callable[[], Iterable[Case]]] = {
     "geglu": lambda: bench_geglu.cases(3, 2048, "cpu"),
     "qkv_rope_write, bf16": lambda: bench_qkv_rope_write.cases("270M", 3, False, "cpu"),
     "qkv_rope_write, e4m3": lambda: bench_qkv_rope_write.cases("270M", 3, True, "cpu"),
+    "quantize_rows": lambda: bench_quantize_rows.cases(3, 640, "cpu"),
     "prepare_inputs": lambda: bench_prepare_inputs.cases(3, 100, "cpu"),
     **{
         f"sample, {kind}": lambda kind=kind: bench_sample.cases(kind, 2, 3000, 2048, "cpu")
@@ -59,3 +61,5 @@ def test_bytes_by_hand() -> None:
     assert ours.moved_bytes == 3 * 3 * 2048 * 2
     (ours,) = bench_qkv_rope_write.cases("270M", 3, True, "cpu")
     assert ours.moved_bytes == 3 * (6 * 256 * 2 + 4 * 256 * 2 + 2 * (256 + 4) + 256 * 4)
+    (ours, _) = bench_quantize_rows.cases(3, 640, "cpu")
+    assert ours.moved_bytes == 3 * 640 * (2 + 1) + 3 * 4

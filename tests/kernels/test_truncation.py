@@ -51,7 +51,7 @@ def _threshold_kernel(
 def ours(scores: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> tuple[float, int]:
     """The threshold, and the size of the head. scores: [V] fp32, temperature 1 and no cap."""
     V = len(scores)
-    state = SamplingState(max_seqs=1, vocab_size=V, max_entries=1, device=torch.device("cpu"))
+    state = SamplingState(max_seqs=1, vocab_size=V, max_entries=1, allocate=torch.device("cpu"))
     state.set_row(0, RowSampling(top_k=top_k, top_p=top_p, min_p=min_p))
     num_dense = -(-V // BLOCK) * BLOCK
     padded = torch.full((num_dense,), -torch.inf)

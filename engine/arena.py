@@ -1,0 +1,75 @@
+"""Device arrays that live in one buffer, so that one scatter changes any elements of any of them."""
+
+from collections.abc import Callable
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Owner = TypeVar("Owner")
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> zeros
+NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
+ALIGNMENT = 4  # words
+
+
+class Arena:
+    """[num_words] int32. `writes` are collected on the host, and applied on the device in one operation."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        if num_words >= 2**31:
+            raise ValueError(f"rows must fit in 2^31 words, got {num_words}: lower max_seqs")
+        self._memory = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._used = 0
+        self._places: list[NDArray[np.int32]] = []
+        self._words: list[NDArray[np.int32]] = []
+
+    @classmethod
+    def holding(cls, make: Callable[[Allocate], Owner], device: torch.device) -> tuple["Arena", Owner]:
+        """An arena just large enough for what `make` allocates. Calls it twice; the first is thrown away."""
+        total = 0
+
+        def measure(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            nonlocal total
+            total += _num_words(shape, dtype)
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        make(measure)
+        arena = cls(total, device)
+        return arena, make(arena._allocate)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        start, self._used = self._used, self._used + _num_words(shape, dtype)
+        return self._memory[start : self._used].view(dtype)[: prod(shape)].view(shape)
+
+    def write(self, target: Tensor, values: NDArray[np.generic]) -> None:
+        """target: a contiguous view of an allocated array. No element may be written twice before `take`."""
+        words = np.ascontiguousarray(values, NUMPY[target.dtype]).reshape(-1).view(np.int32)
+        start = int(target.storage_offset()) * target.itemsize // 4
+        self._places.append(np.arange(start, start + len(words), dtype=np.int32))
+        self._words.append(words)
+
+    def write_elements(self, target: Tensor, flat: NDArray[np.int64], values: NDArray[np.int32]) -> None:
+        """Some elements of an int32 array, by their places in it as if it were flat."""
+        start = int(target.storage_offset())
+        self._places.append((flat + start).astype(np.int32))
+        self._words.append(values)
+
+    def take(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Places and words of all writes since the last call."""
+        if not self._places:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        places, words = np.concatenate(self._places), np.concatenate(self._words)
+        self._places, self._words = [], []
+        return places, words
+
+    def apply(self, places: Tensor, words: Tensor) -> None:
+        """On the device: memory[places] = words, both [n] int32."""
+        if len(places):
+            self._memory.index_copy_(0, places.long(), words)
+
+
+def _num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-prod(shape) * dtype.itemsize // (4 * ALIGNMENT)) * ALIGNMENT

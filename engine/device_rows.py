@@ -1,0 +1,94 @@
+"""The running requests' rows on the device: what the next step needs of them never passes the host.
+
+The host stages what it changes (a new row, a page), and a step applies it before it computes. Sampled tokens
+are entered by the step itself. Page tables keep pages that have left a window: nothing reads those.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cabochon.engine.arena import Allocate, Arena
+from cabochon.engine.packet import Packet
+from cabochon.engine.plan import Plan
+from cabochon.engine.rows import Rows
+from cabochon.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from cabochon.kernels.sampling_state import RowSampling, SamplingState
+
+
+class DeviceRows:
+    """Arrays over max_seqs rows, as in Rows.
+
+    token_ids:   [max_seqs, max_model_len] int32
+    num_tokens:  [max_seqs] int32, those that the device knows
+    num_prompt:  [max_seqs] int32
+    page_tables: [num_groups, max_seqs, M] int32
+    """
+
+    def __init__(self, rows: Rows, vocab_size: int, device: torch.device) -> None:
+        max_seqs, max_len = rows.token_ids.shape
+        self.page_tokens = rows.page_tokens
+        max_entries = max_len + MAX_LOGIT_BIAS + MAX_STOP_TOKENS + 8  # the model's own stop tokens
+
+        def make(allocate: Allocate) -> tuple[Tensor, Tensor, Tensor, Tensor, SamplingState]:
+            return (
+                allocate((max_seqs, max_len), torch.int32),
+                allocate((max_seqs,), torch.int32),
+                allocate((max_seqs,), torch.int32),
+                allocate(rows.page_tables.shape, torch.int32),
+                SamplingState(
+                    max_seqs=max_seqs, vocab_size=vocab_size, max_entries=max_entries, allocate=allocate
+                ),
+            )
+
+        self._arena, arrays = Arena.holding(make, device)
+        self.token_ids, self.num_tokens, self.num_prompt, self.page_tables, self.sampling = arrays
+        self._num_sent = np.zeros(max_seqs, np.int64)  # pages of each row that the device has
+
+    def stage_row(self, row: int, known_ids: Sequence[int], num_prompt: int, sampling: RowSampling) -> None:
+        """A request has got this row. At most once per step and row."""
+        ids = np.asarray(known_ids, np.int32)
+        write = self._arena.write
+        write(self.token_ids[row, : len(ids)], ids)
+        write(self.num_tokens[row : row + 1], np.array([len(ids)]))
+        write(self.num_prompt[row : row + 1], np.array([num_prompt]))
+        for target, values in self.sampling.row_writes(row, sampling, ids[:num_prompt], ids[num_prompt:]):
+            write(target, values)
+        self._num_sent[row] = 0
+
+    def stage_pages(self, plan: Plan, rows: Rows) -> None:
+        """The pages that this plan is the first to need."""
+        needed = -(-(plan.starts + plan.lens) // self.page_tokens)  # [S]
+        sent = self._num_sent[plan.rows]
+        counts = np.maximum(needed - sent, 0)
+        total = int(counts.sum())
+        if not total:
+            return
+        self._num_sent[plan.rows] = np.maximum(needed, sent)
+        row_of = np.repeat(plan.rows, counts).astype(np.int64)  # [total]
+        firsts = np.cumsum(counts) - counts
+        page_idx = np.arange(total) - np.repeat(firsts - sent, counts)
+        num_groups, max_seqs, width = rows.page_tables.shape
+        for group in range(num_groups):
+            flat = (group * max_seqs + row_of) * width + page_idx
+            self._arena.write_elements(self.page_tables, flat, rows.page_tables[group, row_of, page_idx])
+
+    def stage_mask(self, row: int, allowed: NDArray[np.bool_]) -> None:
+        """allowed: [V], the tokens that the row's grammar allows next."""
+        bits = np.zeros(self.sampling.allowed_bits.shape[1] * 32, np.bool_)
+        bits[: len(allowed)] = allowed
+        self._arena.write(
+            self.sampling.allowed_bits[row], np.packbits(bits, bitorder="little").view(np.int32)
+        )
+
+    def put_writes(self, packet: Packet) -> tuple[Tensor, Tensor]:
+        """All that is staged, for `apply`."""
+        places, words = self._arena.take()
+        return packet.put(places), packet.put(words)
+
+    def apply(self, writes: tuple[Tensor, Tensor]) -> None:
+        """Inside a step's work, after its packet was sent."""
+        self._arena.apply(*writes)

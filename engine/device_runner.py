@@ -1,0 +1,300 @@
+"""Runs plans on a GPU: rows live there, a step's needs go there in one copy, nothing waits for its tokens.
+
+A step may be launched before the tokens of the one before are known to the host: its token ids come from the
+device's rows. Pure decodes replay a graph. Also runs in Triton's interpreter, on CPU tensors, for tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cabochon.engine.attention import Attention
+from cabochon.engine.decode_graphs import Capture, DecodeGraphs, Graph, graph_sizes
+from cabochon.engine.device_rows import DeviceRows
+from cabochon.engine.device_sampler import SAMPLED_ROWS, DeviceSampler, last_rows, row_sampling
+from cabochon.engine.linear import ROW_MULTIPLE
+from cabochon.engine.logprobs import PromptPart, Ranking, prompt_parts
+from cabochon.engine.masks import grace_end_s, next_mask
+from cabochon.engine.messages import TokenLogprobs
+from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.packet import Packet, PacketRing
+from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
+from cabochon.engine.request import Request
+from cabochon.engine.rows import Rows
+from cabochon.engine.runner import StepRunner
+from cabochon.engine.sampling_params import SamplingParams
+from cabochon.engine.streams import Stream
+from cabochon.kernels.definitions import softcap_
+from cabochon.kernels.sampling_state import RowSampling
+
+NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class _Step:
+    """What becomes of a plan: some of it known at launch, the rest put here by the step's work."""
+
+    plan: Plan
+    sampling: NDArray[np.int32]  # [R], rows that sample
+    parts: list[PromptPart]
+    late: list[int] = field(default_factory=list)
+    stuck: list[int] = field(default_factory=list)
+    tokens: Tensor | None = None  # [R] int32
+    ranked: list[int] = field(default_factory=list)  # indices into `sampling`
+    ranking: Ranking | None = None
+    prompts: list[list[Ranking]] = field(default_factory=list)  # of `parts`, in pieces
+
+
+class DeviceRunner(StepRunner):
+    """`launch` returns at once; results come in the order of the launches."""
+
+    def __init__(
+        self,
+        model: Gemma,
+        attention: Attention[Any],
+        rows: Rows,
+        stream: Stream,
+        *,
+        depth: int,
+        capture: Capture | None,
+    ) -> None:
+        """capture: how decode graphs are made; None: there are none."""
+        device = model.embedding.device
+        self._model = model
+        self._attention = attention
+        self._stream = stream
+        self._rows = DeviceRows(rows, model.config.vocab_size, device)
+        self._packets = PacketRing(stream, device, depth + 1)  # one with a grammar takes two
+        self._sampler = DeviceSampler(model, self._rows, rows.max_seqs)
+        self._requests: dict[int, Request] = {}
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            sizes = graph_sizes(min(rows.max_seqs, SAMPLED_ROWS))
+            self.graphs = DecodeGraphs(
+                model, attention, self._rows, self._sampler, sizes=sizes, capture=capture
+            )
+
+    def admit(self, request: Request) -> None:
+        assert request.row is not None
+        self._requests[request.row] = request
+        num_prompt = len(request.message.prompt_ids)
+        self._rows.stage_row(request.row, request.token_ids, num_prompt, row_sampling(request))
+
+    @property
+    def num_unprepared(self) -> int:
+        return 0 if self.graphs is None else self.graphs.num_missing
+
+    def get_ready(self) -> None:
+        if self.graphs is not None:
+            self.graphs.capture_next()
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
+        self._rows.stage_pages(plan, rows)
+        parts = prompt_parts(plan, rows, lambda row: self._params(row).prompt_logprobs is not None)
+        step = _Step(plan, plan.rows[plan.samples], parts)
+        params = [self._params(row) for row in step.sampling.tolist()]
+        step.ranked = [index for index, one in enumerate(params) if one.logprobs is not None]
+        if any(one.grammar is not None for one in params):
+            return self._result_of(step, self._launch_masked(step, rows))
+        if plan.num_decodes == len(plan.rows) and not step.ranked and self.graphs is not None:
+            graph = self.graphs.find(len(plan.rows))
+            if graph is not None:
+                return self._result_of(step, self._replay(step, graph))
+        return self._result_of(step, self._launch_eager(step, rows))
+
+    @torch.inference_mode()
+    def last_logits(self, row: int, rows: Rows) -> Tensor:
+        length = rows.num_tokens[row : row + 1]
+        self._rows.stage_row(row, rows.known(row).tolist(), int(length[0]), RowSampling())
+        one = np.array([row], np.int32)
+        plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
+        self._rows.stage_pages(plan, rows)
+        packet = self._packets.open()
+        forward = self._forward(plan, rows, packet)
+        last = packet.put(np.array([int(length[0]) - 1]))
+        send = self._sender(packet)
+
+        def work() -> Tensor:
+            send()
+            return self._model.logits(last_rows(forward(), last, ROW_MULTIPLE))[0].float()
+
+        logits = self._stream.run(work)()
+        cap = self._model.config.final_softcap
+        return logits if cap is None else softcap_(logits, cap)
+
+    def _params(self, row: int) -> SamplingParams:
+        return self._requests[row].message.params
+
+    # Launches
+
+    def _launch_eager(self, step: _Step, rows: Rows) -> Callable[[], None]:
+        packet = self._packets.open()
+        forward = self._forward(step.plan, rows, packet)
+        choose = self._chooser(step, step.sampling, packet)
+        send = self._sender(packet)
+
+        def work() -> None:
+            send()
+            choose(forward())
+
+        return self._stream.run(work)
+
+    def _launch_masked(self, step: _Step, rows: Rows) -> Callable[[], None]:
+        """Grammars have the time of the forward pass for their masks."""
+        packet = self._packets.open()
+        forward, send = self._forward(step.plan, rows, packet), self._sender(packet)
+        hidden: list[Tensor] = []
+
+        def compute() -> None:
+            send()
+            hidden.append(forward())
+
+        self._stream.run(compute)
+        row_ids = self._stage_masks(step, rows)
+        packet = self._packets.open()
+        choose, send_masks = self._chooser(step, row_ids, packet), self._sender(packet)
+
+        def work() -> None:
+            send_masks()
+            choose(hidden[0])
+
+        return self._stream.run(work)
+
+    def _replay(self, step: _Step, graph: Graph) -> Callable[[], None]:
+        num_rows, size = len(step.plan.rows), len(graph.row_ids)
+        packet = self._packets.open()
+        padded = np.pad(step.plan.rows, (0, size - num_rows), constant_values=-1)
+        row_ids, send = packet.put(padded), self._sender(packet)
+
+        def work() -> None:
+            send()
+            graph.row_ids.copy_(row_ids)
+            graph.replay()
+            step.tokens = self._stream.to_host(graph.tokens[:num_rows])
+
+        return self._stream.run(work)
+
+    # Parts of a step's work: what they need of the host is put into the packet here and now
+
+    def _sender(self, packet: Packet) -> Callable[[], None]:
+        writes = self._rows.put_writes(packet)
+
+        def send() -> None:
+            packet.send()
+            self._rows.apply(writes)
+
+        return send
+
+    def _forward(self, plan: Plan, rows: Rows, packet: Packet) -> Callable[[], Tensor]:
+        """To the hidden rows [T', E] of all tokens, before the final norm."""
+        inputs = self._attention.prepare(plan, rows, packet.put)
+        row_of_token = packet.put(np.repeat(plan.rows, plan.lens).astype(np.int64))
+        padding = -plan.num_tokens % ROW_MULTIPLE
+
+        def forward() -> Tensor:
+            token_ids = self._rows.token_ids[row_of_token, inputs.positions].long()  # [T]
+            padded = torch.nn.functional.pad(token_ids, (0, padding))
+            return self._model.hidden(padded, inputs, self._attention)
+
+        return forward
+
+    def _chooser(self, step: _Step, row_ids: NDArray[np.int32], packet: Packet) -> Callable[[Tensor], None]:
+        """From hidden rows to what the step gives. row_ids: [R], −1 where a grammar gives no token."""
+        plan = step.plan
+        last = packet.put((np.cumsum(plan.lens, dtype=np.int64) - 1)[plan.samples])
+        ids_on_device, ranked = packet.put(row_ids), packet.put(np.array(step.ranked, np.int64))
+        count = max((self._params(int(step.sampling[i])).logprobs or 0 for i in step.ranked), default=0)
+        prompts = [packet.put(part.next_ids) for part in step.parts]
+
+        def choose(hidden: Tensor) -> None:
+            step.prompts = [
+                self._rank_prompt(hidden[part.first :], next_ids, self._params(part.row))
+                for part, next_ids in zip(step.parts, prompts, strict=True)
+            ]
+            if not len(row_ids):
+                return
+            picked = last_rows(hidden, last, ROW_MULTIPLE)
+            tokens = self._sampler.choose(picked, ids_on_device)
+            if step.ranked:
+                some = last_rows(picked, ranked, ROW_MULTIPLE)
+                step.ranking = self._to_host(self._sampler.rank(some, tokens[ranked], count))
+            step.tokens = self._stream.to_host(tokens)
+
+        return choose
+
+    def _rank_prompt(self, hidden: Tensor, next_ids: Tensor, params: SamplingParams) -> list[Ranking]:
+        """In pieces of rows: [T, V] is never whole."""
+        count = params.prompt_logprobs or 0
+        pieces = []
+        for start in range(0, len(next_ids), SAMPLED_ROWS):
+            ids = next_ids[start : start + SAMPLED_ROWS]
+            index = torch.arange(start, start + len(ids), device=hidden.device)
+            ranking = self._sampler.rank(last_rows(hidden, index, ROW_MULTIPLE), ids, count)
+            pieces.append(self._to_host(ranking))
+        return pieces
+
+    def _to_host(self, ranking: Ranking) -> Ranking:
+        return Ranking(*map(self._stream.to_host, ranking))
+
+    def _stage_masks(self, step: _Step, rows: Rows) -> NDArray[np.int32]:
+        """Returns `sampling` with −1 for rows whose grammar gives no token now."""
+        row_ids, until_s = step.sampling.copy(), grace_end_s()
+        for index, row in enumerate(step.sampling.tolist()):
+            request = self._requests[row]
+            if request.matcher is None:
+                continue
+            is_free = rows.num_tokens[row] - rows.num_prompt[row] >= self._params(row).min_tokens
+            forbidden = NO_IDS if is_free else np.array(sorted(request.stop_ids), np.int64)
+            mask = next_mask(request.matcher, until_s, forbidden)
+            if isinstance(mask, str):
+                (step.late if mask == "late" else step.stuck).append(row)
+                row_ids[index] = -1
+            else:
+                self._rows.stage_mask(row, mask)
+        return row_ids
+
+    # Results
+
+    def _result_of(self, step: _Step, wait: Callable[[], None]) -> Callable[[], StepResult]:
+        requests = {int(row): self._requests[int(row)] for row in step.plan.rows}  # rows change hands
+
+        def finish() -> StepResult:
+            wait()
+            tokens = np.empty(0, np.int32) if step.tokens is None else step.tokens.numpy()
+            absent = {*step.late, *step.stuck}
+            is_absent = np.isin(step.sampling, list(absent))
+            bound = {
+                row: token
+                for row, token in zip(step.sampling.tolist(), tokens.tolist(), strict=True)
+                if requests[row].matcher is not None and row not in absent and token >= 0
+            }
+            return StepResult(
+                np.maximum(tokens, 0), (tokens >= 0) | is_absent, _logprobs(step, requests), _prompts(step),
+                bound, step.late, step.stuck,
+            )  # fmt: skip
+
+        return finish
+
+
+def _logprobs(step: _Step, requests: dict[int, Request]) -> dict[int, TokenLogprobs]:
+    found: dict[int, TokenLogprobs] = {}
+    if step.ranking is not None:
+        for index, one in zip(step.ranked, step.ranking.rows(), strict=True):
+            row = int(step.sampling[index])
+            count = requests[row].message.params.logprobs or 0
+            del one.top_ids[count:], one.top_logprobs[count:]
+            found[row] = one
+    return found
+
+
+def _prompts(step: _Step) -> dict[int, PromptLogprobs]:
+    return {
+        part.row: PromptLogprobs(part.start, [one for ranking in pieces for one in ranking.rows()])
+        for part, pieces in zip(step.parts, step.prompts, strict=True)
+    }

@@ -1,0 +1,117 @@
+"""Gemma's forward pass on the fused kernels: what stands between two GEMMs is one launch, or attention's.
+
+Per layer: QKV product · norm, rope and page write · attention · out product · sandwich norm · gate and up
+product · GeGLU · down product · sandwich norm, the last with the next layer's input norm in it. Rounds where
+Gemma rounds. Asks the device for nothing and takes no shape from data, so a CUDA graph may hold it whole.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cabochon.engine.attention import Attention, AttentionInputs
+from cabochon.engine.models.config import ModelConfig
+from cabochon.engine.models.gemma import Gemma, LoadTensor
+from cabochon.engine.triton_attention import TritonAttention, TritonInputs
+from cabochon.kernels.embed_norm import embed_norm
+from cabochon.kernels.geglu import geglu
+from cabochon.kernels.qkv_rope_write import qkv_rope_write
+from cabochon.kernels.rms_norm import MAX_ROW, rms_norm
+from cabochon.kernels.sandwich_norm import sandwich_norm
+
+SMALLEST_HEAD_DIM = 16  # of a product of tensor cores
+
+
+def can_fuse(config: ModelConfig) -> bool:
+    """Whether the kernels take the model: heads of a power of two, rows that fit a tile."""
+    D = config.head_dim
+    return D >= SMALLEST_HEAD_DIM and D & (D - 1) == 0 and config.hidden_size <= MAX_ROW
+
+
+class _Step(NamedTuple):
+    """Buffers of one step, which all layers use in turn: what a layer leaves there the next overwrites."""
+
+    positions: Tensor  # [T'] int64, 0 for padding
+    slots: list[Tensor]  # per group [T'] int64, −1 for padding
+    residual: Tensor  # [T', E]
+    x: Tensor  # [T', E], what the next product takes
+    q: Tensor  # [T', Hq, D]
+    attended: Tensor  # [T', Hq, D]; padding is zero from the start: no sequence has it, so no layer writes it
+    gated: Tensor  # [T', F]
+
+
+class FusedGemma(Gemma):
+    """Gemma with the same weights, for TritonAttention alone."""
+
+    is_graph_safe = True
+
+    def __init__(self, config: ModelConfig, load: LoadTensor, max_model_len: int) -> None:
+        super().__init__(config, load, max_model_len)
+        self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing
+
+    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:
+        """Hidden rows before the final norm.
+
+        token_ids: [T'] int64, T' ≥ the tokens of `inputs`; what is beyond them, or has the slot −1, is
+        padding and writes no K and V. Returns [T', E].
+        """
+        assert isinstance(attention, TritonAttention)
+        assert isinstance(inputs, TritonInputs)
+        eps, layers = self.config.norm_eps, self._layers
+        step = self._step(len(token_ids), inputs)
+        embed_norm(
+            token_ids, self._embedding, self._host_scale, layers[0].input_norm, eps,
+            residual_out=step.residual, x_out=step.x,
+        )  # fmt: skip
+        following = [*(layer.input_norm for layer in layers[1:]), None]  # the final norm is for chosen rows
+        for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
+            branch = self._attend(index, step, inputs, attention)  # [T', E]
+            _end_branch(branch, layer.post_attention_norm, layer.pre_mlp_norm, eps, step)
+            geglu(layer.gate_up(step.x), out=step.gated)
+            _end_branch(layer.down(step.gated), layer.post_mlp_norm, next_norm, eps, step)
+        return step.residual
+
+    def _step(self, num_rows: int, inputs: TritonInputs) -> _Step:
+        config, embedding = self.config, self._embedding
+        heads = (num_rows, config.num_heads, config.head_dim)
+        residual = embedding.new_empty((num_rows, config.hidden_size))
+        return _Step(
+            positions=_padded([inputs.positions], num_rows, 0)[0],
+            slots=_padded(inputs.slots, num_rows, -1),
+            residual=residual,
+            x=torch.empty_like(residual),
+            q=embedding.new_empty(heads),
+            attended=embedding.new_zeros(heads),
+            gated=embedding.new_empty((num_rows, config.mlp_size)),
+        )
+
+    def _attend(self, index: int, step: _Step, inputs: TritonInputs, attention: TritonAttention) -> Tensor:
+        layer, pages = self._layers[index], attention.pages_of(index)
+        cos, sin = self._rope[layer.is_sliding]
+        qkv_rope_write(
+            layer.qkv(step.x), step.positions, cos, sin, step.slots[pages.group],
+            q_out=step.q, k_pages=pages.k, v_pages=pages.v, k_scales=pages.k_scales, v_scales=pages.v_scales,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.norm_eps,
+        )  # fmt: skip
+        out = attention.attend_pages(index, step.q, inputs, out=step.attended)
+        return layer.out(out.flatten(1))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        out = torch.empty_like(hidden)
+        rms_norm(hidden, self._final_norm, self.config.norm_eps, out=out)
+        return out
+
+
+def _end_branch(branch: Tensor, post_norm: Tensor, next_norm: Tensor | None, eps: float, step: _Step) -> None:
+    """Add the normalized branch to the residual; the norm of that is the next branch's input."""
+    sandwich_norm(
+        branch, step.residual, post_norm, next_norm, eps,
+        residual_out=step.residual, x_out=None if next_norm is None else step.x,
+    )  # fmt: skip
+
+
+def _padded(tensors: Sequence[Tensor], num_rows: int, value: int) -> list[Tensor]:
+    return [pad(x, (0, num_rows - len(x)), value=value) if len(x) < num_rows else x for x in tensors]
