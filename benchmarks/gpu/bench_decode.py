@@ -105,7 +105,7 @@ def decode(
     options = options_of(variant)
     margin = 5 * seqs * context // (4 * STEP_TOKENS) + 8  # the first decode while the last are prefilled
     tokens = margin + (rounds + 1) * steps + 8
-    core, info, model = make_core(
+    core, info, model, num_graphs = make_core(
         config, device, "bf16", max_seqs=seqs, max_tokens=context + tokens, step_tokens=STEP_TOKENS, **options
     )
     measured = rates(device)
@@ -122,6 +122,7 @@ def decode(
     sequences.end()
     row: Row = {
         "seqs": seqs, "context": context, "keys_mean": keys_mean, "variant": variant,
+        "num_graphs": num_graphs,
         "tok_per_s": 1000 * seqs / statistics.median(times), "step_ms": statistics.median(times),
         "step_ms_min": min(times), "step_ms_max": max(times), "rounds": rounds, "steps": steps,
         "weight_bytes": info.weight_bytes, "attention_backend": info.attention_backend,

@@ -30,7 +30,7 @@ Run = Callable[[list[list[int]]], int]  # prompts -> output tokens made
 
 def ours(args: Any) -> Run:
     options = {name: value for name, value in FAST.items() if name in OPTIONS and args.device == "cuda"}
-    core, _, _ = make_core(
+    core, *_ = make_core(
         configuration(args.size), args.device, "bf16", max_seqs=args.seqs,
         max_tokens=args.prompt_tokens + args.output_tokens + 1, step_tokens=MAX_BATCH_TOKENS, **options,
     )  # fmt: skip

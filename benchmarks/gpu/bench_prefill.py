@@ -41,7 +41,7 @@ def prefill_flops(model: ModelConfig, info: EngineInfo, seqs: int, length: int, 
 def prefill(config: Gemma2Config, seqs: int, length: int, *, device: str, rounds: int) -> Iterator[Row]:
     """One row: median over rounds."""
     options = {name: value for name, value in FAST.items() if name in OPTIONS and device == "cuda"}
-    core, info, model = make_core(
+    core, info, model, _ = make_core(
         config, device, "bf16", max_seqs=seqs, max_tokens=length + 2, step_tokens=STEP_TOKENS, **options
     )
     measured = rates(device)

@@ -50,7 +50,7 @@ class Parity:
     def ours(self, dtype: str, **options: object) -> tuple[list[Tensor], Any]:
         """[V] fp32 of each prompt's last token, and the engine."""
         longest = max(map(len, self.prompts)) + self.new_tokens + 1
-        core, _, _ = make_core(
+        core, *_ = make_core(
             self.config, self.device, dtype, max_seqs=len(self.prompts), max_tokens=longest,
             step_tokens=4608, **options,
         )  # fmt: skip

@@ -54,10 +54,12 @@ def compare(
     prompts = random_prompts(config.vocab_size, lengths)
     results = []
     for options in (one, other):
-        core, _, _ = make_core(
+        core, _, _, num_graphs = make_core(
             config, device, dtype, max_seqs=8, max_tokens=max(lengths) + max(MAX_TOKENS) + 1,
             step_tokens=256, **options,
         )  # fmt: skip
+        if device == "cuda" and "cuda_graphs" in options:
+            assert (num_graphs > 0) is options["cuda_graphs"], f"{num_graphs} graphs were captured: {options}"
         results.append(generate(core, prompts, sampling(len(prompts))))
     assert [len(a) for a in results[0]] == [len(b) for b in results[1]], "outputs differ in length"
     pairs = [(a, b) for x, y in zip(*results, strict=True) for a, b in zip(x, y, strict=True)]

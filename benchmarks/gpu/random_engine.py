@@ -3,6 +3,7 @@
 import gc
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,15 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4}
 numbers = itertools.count()
 
 
+class Engine(NamedTuple):
+    """num_graphs: captured ones, 0 where decode steps are eager."""
+
+    core: EngineCore
+    info: EngineInfo
+    model: ModelConfig
+    num_graphs: int
+
+
 def make_core(
     config: Gemma2Config,
     device: str,
@@ -38,8 +48,8 @@ def make_core(
     max_tokens: int,
     step_tokens: int,
     **options: object,
-) -> tuple[EngineCore, EngineInfo, ModelConfig]:
-    """An engine whose pages hold max_seqs sequences of max_tokens, without a prefix cache."""
+) -> Engine:
+    """An engine whose pages hold max_seqs sequences of max_tokens; no prefix cache, graphs captured."""
     with directory(config) as folder:
         model = load_model_config(folder)
         item_bytes = ITEM_BYTES[dtype]
@@ -59,7 +69,10 @@ def make_core(
             folder,
             checkpoint=RandomCheckpoint(),
         )
-    return core, info, model
+    num_graphs = core.num_unprepared
+    while core.get_ready():  # they are captured while nothing waits for tokens
+        pass
+    return Engine(core, info, model, num_graphs)
 
 
 def num_weights(config: Gemma2Config) -> int:

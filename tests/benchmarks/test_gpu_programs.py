@@ -123,7 +123,7 @@ def test_the_floor_is_the_slower_of_bytes_and_products() -> None:
 
 
 def test_the_floor_of_decode_by_hand() -> None:
-    _, info, model = tiny_core()
+    _, info, model, _ = tiny_core()
     lens = np.array([10, 100])
     keys = 2 * (10 + 24) + 2 * (10 + 100)  # two sliding layers with a window of 24, two global ones
     assert random_engine.visible_keys(model, lens) == keys
@@ -133,14 +133,14 @@ def test_the_floor_of_decode_by_hand() -> None:
     assert floor == pytest.approx((info.weight_bytes + keys * 128) / 1e6)
 
 
-def tiny_core() -> tuple[object, object, object]:
+def tiny_core() -> random_engine.Engine:
     return random_engine.make_core(
         configuration("tiny"), "cpu", "bf16", max_seqs=2, max_tokens=120, step_tokens=64
     )
 
 
 def test_the_work_of_prefill_by_hand() -> None:
-    _, info, model = tiny_core()
+    _, info, model, _ = tiny_core()
     matrices = 4 * (64 * 16 * (4 + 2 * 2 + 4) + 3 * 64 * 96)  # q, k, v, o; gate, up, down
     info = argparse.Namespace(weight_bytes=2 * (matrices + 512 * 64))  # as on a GPU, where the head is tied
     pairs = 2 * (30 * 31 // 2) + 2 * (24 * 25 // 2 + 6 * 24)
@@ -149,7 +149,7 @@ def test_the_work_of_prefill_by_hand() -> None:
 
 
 def test_decode_is_timed_with_every_sequence_decoding() -> None:
-    core, _, _ = random_engine.make_core(
+    core, *_ = random_engine.make_core(
         configuration("tiny"), "cpu", "fp32", max_seqs=3, max_tokens=200, step_tokens=16
     )
     sequences = bench_decode.Sequences(core, random_engine.random_prompts(512, [40, 40, 40]), 90)
@@ -163,7 +163,7 @@ def test_decode_is_timed_with_every_sequence_decoding() -> None:
 
 def test_generated_tokens_are_transformers_own() -> None:
     """The engine on random weights, and the oracle on the same: tied by names alone."""
-    core, _, _ = random_engine.make_core(
+    core, *_ = random_engine.make_core(
         configuration("tiny"), "cpu", "fp32", max_seqs=2, max_tokens=100, step_tokens=64
     )
     prompt = random_engine.random_prompts(512, [30])[0]
