@@ -8,10 +8,12 @@ STAMP := $(VENV)/.installed
 CLIENTS_STAMP := $(VENV)/.clients
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SERVE_ARGS ?=
+GPU_WHEELS := .gpu-wheels
+GPU_CHECK_ARGS ?=
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow clients check format lint types system-packages screenshot bench-offline clean
+.PHONY: help serve test test-slow clients check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +57,15 @@ types: $(STAMP) ## mypy, strict
 
 bench-offline: $(STAMP) ## Throughput of the engine beside transformers' generate_batch
 	$(BIN)/python benchmarks/offline.py
+
+gpu-check: ## Checks and benchmarks on an NVIDIA GPU with this machine's python3, under nine minutes
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+gpu-wheels: ## Beforehand, for a GPU machine without network: 31 MB of wheels into .gpu-wheels
+	rm -rf $(GPU_WHEELS)
+	$(PYTHON) -m pip download --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+		$(foreach n,34 31 28 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+		--dest $(GPU_WHEELS) 'msgspec>=0.19' 'llguidance>=1.9,<2' fa3-fwd==0.0.3
 
 system-packages: ## Debian packages that some tests need: a browser, and the font of the pictures
 	$(SUDO) apt-get update

@@ -293,7 +293,7 @@ class _Host:
         self._masks_fd = os.memfd_create("masks")
         os.ftruncate(self._masks_fd, masks_bytes)  # a page becomes real when it is written
         self.masks = np.frombuffer(mmap.mmap(self._masks_fd, masks_bytes), np.uint8)
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._sockets: list[socket.socket] = []  # kept until closed: garbage must not hold open ones
         self._spawn()
 
     def fork(self, grammar: Grammar) -> socket.socket:
@@ -308,13 +308,14 @@ class _Host:
             socket.send_fds(self._control, [b"+"], [theirs.fileno(), fd])
         os.close(fd)
         theirs.close()
-        self._sockets.add(ours)
+        self._sockets = [sock for sock in self._sockets if sock.fileno() >= 0]  # the others are closed
+        self._sockets.append(ours)
         return ours
 
     def end(self) -> None:
         """With all that it has forked."""
         self._control.close()
-        for sock in list(self._sockets):
+        for sock in self._sockets:
             sock.close()
         os.close(self._masks_fd)
         self._process.kill()

@@ -57,10 +57,11 @@ def load_engine(
     on_progress: Progress | None = None,
     *,
     expects_grammars: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[EngineCore, EngineInfo]:
     """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded.
 
-    expects_grammars: be ready for the first one soon, instead of 3 s after it.
+    expects_grammars: be ready for the first one soon, not 3 s after it. checkpoint: takes its files' place.
     """
     started_s = time.monotonic()
     torch.set_num_threads(config.threads or usable_cores())
@@ -80,11 +81,10 @@ def load_engine(
     if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
-    grammars = Grammars(model_dir, model_config.vocab_size, list(model_config.eos_token_ids))
-    if expects_grammars:
-        grammars.start()
+    grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
+    weights = checkpoint or Checkpoint(model_dir)
     make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
-    model = _load_model(make_model, model_config, model_dir, dtype, device, max_len, on_progress)
+    model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
@@ -109,13 +109,24 @@ def load_engine(
         quantization=config.quantization,
         load_s=time.monotonic() - started_s,
     )
+    _log_ready(info)
+    return core, info
+
+
+def _grammars(model_dir: Path, model: ModelConfig, *, is_started: bool) -> Grammars:
+    grammars = Grammars(model_dir, model.vocab_size, list(model.eos_token_ids))
+    if is_started:
+        grammars.start()
+    return grammars
+
+
+def _log_ready(info: EngineInfo) -> None:
     logger.info(
         "engine ready architecture=%s device=%s attention=%s dtype=%s threads=%d pages=%d page_tokens=%d"
         " kv_bytes=%d weight_bytes=%d",
         info.architecture, info.device, info.attention_backend, info.dtype, torch.get_num_threads(),
-        num_pages, layout.page_tokens, info.kv_bytes, info.weight_bytes,
+        info.num_pages, info.page_tokens, info.kv_bytes, info.weight_bytes,
     )  # fmt: skip
-    return core, info
 
 
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:
@@ -158,13 +169,12 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 def _load_model(
     make_model: Callable[[ModelConfig, LoadTensor, int], Gemma],
     config: ModelConfig,
-    model_dir: Path,
+    checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
     on_progress: Progress | None,
 ) -> Gemma:
-    checkpoint = Checkpoint(model_dir)
     done = 0
 
     def load(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import attention_peers as peers
 import torch
 import triton
 from attention_problem import MODELS, Heads, Problem, check, contiguous_kv, kv_bytes, make_problem, optional
@@ -31,7 +32,8 @@ from cabochon.kernels.paged_inputs import kv_bits
 
 SHAPES = [(1, 1024), (1, 8192), (32, 1024), (32, 8192), (256, 1024)]  # sequences, keys of each
 BASELINES = {"fa3": "fa3_fwd_interface", "flash-attn": "flash_attn"}
-PROVIDERS = ["ours", "ours-fp8", *BASELINES]
+PEERS = {"flex": peers.flex_decode, "flashinfer": peers.flashinfer_decode}
+PROVIDERS = ["ours", "ours-fp8", *BASELINES, *PEERS]
 
 
 class Shape(NamedTuple):
@@ -104,15 +106,23 @@ def measure(call: Callable[[], Tensor], problem: Problem, rates: Rates, reps_ms:
     return {**time._asdict(), "gb_per_s": rate, "share_of_copy": rate / rates.copy_gb_per_s}
 
 
+def baseline(name: str, problem: Problem, rates: Rates, reps_ms: int) -> dict[str, object]:
+    """Its row, or why it has none: what others built may break in many ways, and ends nothing here."""
+    try:
+        call = flash(BASELINES[name], problem) if name in BASELINES else PEERS[name](problem)
+        return {"absent": True} if call is None else measure(call, problem, rates, reps_ms)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)[:500]}
+
+
 def rows(args: argparse.Namespace, rates: Rates) -> Iterator[dict[str, object]]:
     heads = MODELS[args.model]
-    for shape, name in itertools.product(list(shapes(heads, SHAPES)), args.providers):
+    for shape, name in itertools.product(list(shapes(heads, args.shapes)), args.providers):
         window = heads.window if shape.is_sliding else None
         problem = make_problem(heads, shape.seqs, 1, shape.keys, window, name == "ours-fp8")
         row = {"provider": name, **shape._asdict()}
-        if name in BASELINES:
-            call = flash(BASELINES[name], problem)
-            yield row | ({"absent": True} if call is None else measure(call, problem, rates, args.reps_ms))
+        if name in BASELINES or name in PEERS:
+            yield row | baseline(name, problem, rates, args.reps_ms)
         elif not args.sweep:
             yield row | measure(ours(problem), problem, rates, args.reps_ms)
         else:
@@ -132,10 +142,16 @@ def main() -> None:
         emit({"model": args.model, **row, **rates._asdict(), **env}, args.out)
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """Numbers with an x between."""
+    return tuple(map(int, text.split("x")))
+
+
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="gemma-2-2b")
     p.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    p.add_argument("--shapes", type=sizes, nargs="+", default=SHAPES, help="sequences and keys, 32x8192")
     p.add_argument("--sweep", action="store_true", help="every tile size of our kernel")
     p.add_argument("--reps-ms", type=int, default=200)
     p.add_argument("--out", type=Path)

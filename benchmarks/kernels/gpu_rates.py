@@ -5,6 +5,7 @@ Rates are measured in the same run as the kernels: a share of them means the sam
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,10 @@ def measure_rates(reps_ms: int) -> Rates:
 def environment() -> dict[str, object]:
     """All that a reader needs to repeat a row: written into every one."""
     git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    has_git = shutil.which(git[0]) is not None  # a GPU machine may have a copy of the files alone
+    commit = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if has_git else ""
+    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {"commit": commit, "device": device, "torch": torch.__version__, "triton": triton.__version__}
 

@@ -20,6 +20,7 @@ from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.linear import Fp8Linear, Linear
 from cabochon.engine.load import load_engine, usable_cores
 from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
+from cabochon.engine.models.checkpoint import CPU, Checkpoint
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.engine.settle import model_class_for, settle_backend, settle_device, settle_linear
@@ -64,6 +65,30 @@ def matrices(directory: Path) -> list[tuple[str, list[int]]]:
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         shapes = [(name, file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     return [(name, shape) for name, shape in shapes if len(shape) == 2]
+
+
+class Ones(Checkpoint):
+    """Every tensor that is asked for, from no file."""
+
+    def __init__(self) -> None:
+        self.num_elements = 0
+
+    def load(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
+    ) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    def close(self) -> None:
+        pass
+
+
+def test_tensors_may_come_from_elsewhere(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_gemma2_dir / "config.json", tmp_path)
+    config = EngineConfig(model="tiny", dtype="fp32", kv_cache_gib=0.01, max_model_len=64, threads=1)
+    core, info = load_engine(config, tmp_path, checkpoint=Ones())
+    assert info.weight_bytes > 0
+    logits = core.prompt_logits([3, 4])
+    assert (logits == logits[0]).all(), "all rows of the head are the same"
 
 
 @pytest.mark.parametrize(("is_supported", "dtype"), [(True, "bf16"), (False, "fp32")])

@@ -1,13 +1,16 @@
 """The attention benchmarks without a GPU: what they count, that they check what they time, what is absent."""
 
+import warnings
 from types import ModuleType
 
+import attention_peers
 import attention_problem
 import bench_decode_attention as decode
 import bench_prefill_attention as prefill
 import pytest
 import torch
 from attention_problem import Heads, Problem, check, contiguous_kv, flops, kv_bytes, visible_pairs
+from gpu_rates import Rates
 
 SMALL = Heads(num_heads=2, num_kv_heads=1, head_dim=16, scale=0.25, softcap=50.0, window=20)
 
@@ -66,6 +69,47 @@ def test_baselines_get_the_keys_in_order() -> None:
     assert k.shape == v.shape == (3, 40, 1, 16)
     page, offset = one.page_table[2, 33 // 16], 33 % 16
     assert torch.equal(k[2, 33], one.k_pages[page, offset])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_flex_attention_is_given_the_same_problem(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager: what is compiled on a GPU is the same operator."""
+    module = attention_problem.optional("torch.nn.attention.flex_attention")
+    assert module is not None
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(attention_peers, "_flex", lambda: module.flex_attention)
+    for peer, queries in ((attention_peers.flex_decode, 1), (attention_peers.flex_prefill, 12)):
+        one = attention_problem.make_problem(SMALL, 3, queries, 40, window, False, device="cpu")
+        call = peer(one)
+        assert call is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is not compiled
+            check(call(), one)
+
+
+@pytest.mark.parametrize(
+    ("bench", "name"), [(decode, "flashinfer"), (prefill, "flashinfer"), (prefill, "fa3")]
+)
+def test_a_baseline_is_absent_or_failed_and_ends_nothing(
+    bench: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(copy_gb_per_s=1, product_tflop_per_s=1)
+    assert bench.baseline(name, problem(1), rates, 1) == {"absent": True}
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("built for another torch")
+
+    monkeypatch.setattr(bench, "flash", broken)
+    monkeypatch.setitem(bench.PEERS, "flashinfer", broken)
+    row = bench.baseline(name, problem(1), rates, 1)
+    assert row == {"error": "RuntimeError", "message": "built for another torch"}
+
+
+@pytest.mark.parametrize("bench", [decode, prefill])
+def test_shapes_are_numbers_with_an_x_between(bench: ModuleType) -> None:
+    assert bench.sizes("32x8192") == (32, 8192)
 
 
 @pytest.mark.parametrize("bench", [decode, prefill])
