@@ -32,6 +32,7 @@ from cabochon.engine.streams import Stream
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling_state import RowSampling
 
+LOGPROBS, PROMPT_LOGPROBS, MASKS = 1, 2, 4  # what a row may want beside its token
 NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
 
 
@@ -42,6 +43,7 @@ class _Step:
     plan: Plan
     sampling: NDArray[np.int32]  # [R], rows that sample
     parts: list[PromptPart]
+    wanting: dict[int, Request]  # by row, those that want more than a token: rows change hands
     late: list[int] = field(default_factory=list)
     stuck: list[int] = field(default_factory=list)
     tokens: Tensor | None = None  # [R] int32
@@ -71,6 +73,7 @@ class DeviceRunner(StepRunner):
         self._packets = PacketRing(stream, device, depth + 1)  # one with a grammar takes two
         self._sampler = DeviceSampler(model, self._rows, rows.max_seqs)
         self._requests: dict[int, Request] = {}
+        self._wants: NDArray[np.uint8] = np.zeros(rows.max_seqs, np.uint8)  # so that most rows cost nothing
         self.graphs: DecodeGraphs | None = None
 
     def add_graphs(self, sizes: list[int], capture: Capture) -> None:
@@ -82,6 +85,13 @@ class DeviceRunner(StepRunner):
     def admit(self, request: Request) -> None:
         assert request.row is not None
         self._requests[request.row] = request
+        params = request.message.params
+        wants = {
+            LOGPROBS: params.logprobs is not None,
+            PROMPT_LOGPROBS: params.prompt_logprobs is not None,
+            MASKS: params.grammar is not None,
+        }
+        self._wants[request.row] = sum(flag for flag, is_wanted in wants.items() if is_wanted)
         num_prompt = len(request.message.prompt_ids)
         self._rows.stage_row(request.row, request.token_ids, num_prompt, row_sampling(request))
 
@@ -96,11 +106,16 @@ class DeviceRunner(StepRunner):
     @torch.inference_mode()
     def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
         self._rows.stage_pages(plan, rows)
-        parts = prompt_parts(plan, rows, lambda row: self._params(row).prompt_logprobs is not None)
-        step = _Step(plan, plan.rows[plan.samples], parts)
-        params = [self._params(row) for row in step.sampling.tolist()]
-        step.ranked = [index for index, one in enumerate(params) if one.logprobs is not None]
-        if any(one.grammar is not None for one in params):
+        sampling = plan.rows[plan.samples]
+        wants = self._wants[sampling]
+        step = _Step(
+            plan,
+            sampling,
+            prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS)),
+            {row: self._requests[row] for row in sampling[wants != 0].tolist()},
+            ranked=np.flatnonzero(wants & LOGPROBS).tolist(),
+        )
+        if (wants & MASKS).any():
             return self._result_of(step, self._launch_masked(step, rows))
         if plan.num_decodes == len(plan.rows) and not step.ranked and self.graphs is not None:
             graph = self.graphs.find(len(plan.rows))
@@ -262,32 +277,30 @@ class DeviceRunner(StepRunner):
     # Results
 
     def _result_of(self, step: _Step, wait: Callable[[], None]) -> Callable[[], StepResult]:
-        requests = {int(row): self._requests[int(row)] for row in step.plan.rows}  # rows change hands
-
         def finish() -> StepResult:
             wait()
             tokens = np.empty(0, np.int32) if step.tokens is None else step.tokens.numpy()
             absent = {*step.late, *step.stuck}
             is_absent = np.isin(step.sampling, list(absent))
             bound = {
-                row: token
-                for row, token in zip(step.sampling.tolist(), tokens.tolist(), strict=True)
-                if requests[row].matcher is not None and row not in absent and token >= 0
+                row: int(tokens[step.sampling == row][0])
+                for row, request in step.wanting.items()
+                if request.matcher is not None and row not in absent
             }
             return StepResult(
-                np.maximum(tokens, 0), (tokens >= 0) | is_absent, _logprobs(step, requests), _prompts(step),
-                bound, step.late, step.stuck,
+                np.maximum(tokens, 0), (tokens >= 0) | is_absent, _logprobs(step), _prompts(step),
+                {row: token for row, token in bound.items() if token >= 0}, step.late, step.stuck,
             )  # fmt: skip
 
         return finish
 
 
-def _logprobs(step: _Step, requests: dict[int, Request]) -> dict[int, TokenLogprobs]:
+def _logprobs(step: _Step) -> dict[int, TokenLogprobs]:
     found: dict[int, TokenLogprobs] = {}
     if step.ranking is not None:
         for index, one in zip(step.ranked, step.ranking.rows(), strict=True):
             row = int(step.sampling[index])
-            count = requests[row].message.params.logprobs or 0
+            count = step.wanting[row].message.params.logprobs or 0
             del one.top_ids[count:], one.top_logprobs[count:]
             found[row] = one
     return found
