@@ -1,5 +1,6 @@
 """From a configuration and a directory to a running engine: settles every `auto`, loads, sizes the pool."""
 
+import gc
 import logging
 import math
 import os
@@ -250,6 +251,7 @@ class _CoreBuilder:
     def measured_pages(self, max_model_len: int) -> int:
         """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""
         taken = self._peak(max_model_len)
+        gc.collect()  # the probe's engine, pages and graphs
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         share = self.config.gpu_memory_utilization

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from cabochon.engine import gpu_memory
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.gpu_memory import GIB, pool_bytes, run_probe
@@ -36,3 +38,30 @@ def test_the_probe_fills_a_step_and_leaves_the_core_idle(
     assert stats.prompt_tokens == step_tokens
     assert stats.generation_tokens == 3 * max_seqs
     assert stats.steps <= 4
+
+
+class Graphs:
+    """A core of which only the graphs count: each capture takes what `sizes` says."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+        self.free = 10_000
+
+    @property
+    def num_unprepared(self) -> int:
+        return len(self.sizes)
+
+    def get_ready(self) -> None:
+        self.free -= self.sizes.pop()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([], 0), ([700], 700), ([5, 700], 705), ([5, 5, 5, 5, 700], 720), ([-3, 700], 700)],
+)
+def test_graphs_take_the_largest_and_a_bit_for_each_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], expected: int
+) -> None:
+    core = Graphs(sizes)
+    monkeypatch.setattr(gpu_memory, "_free_bytes", lambda device: core.free)
+    assert gpu_memory.measure_graphs(core, torch.device("cuda")) == expected  # type: ignore[arg-type]
