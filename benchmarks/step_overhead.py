@@ -5,6 +5,7 @@ the stream drops the work and every token is made up. One row of JSON per number
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -87,6 +88,8 @@ class NoAttention:
 def measure(num_running: int, steps: int) -> dict[str, object]:
     """Milliseconds of thread CPU time: until a step is launched, and for the results of one."""
     core = core_of(num_running)
+    gc.collect()
+    gc.freeze()  # as the engine process does
     times_ns = np.empty((steps, 2))
     for step in range(steps):
         marks = [time.thread_time_ns()]
