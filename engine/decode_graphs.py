@@ -51,10 +51,14 @@ def capture_cuda() -> Capture:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Buffers of one size, and what fills `tokens` from `row_ids`."""
+    """Buffers of one size, and what fills `tokens` from `row_ids`.
+
+    A graph knows addresses alone: what it reads and was not allocated in it must be kept, as here.
+    """
 
     row_ids: Tensor  # [size] int32
     tokens: Tensor  # [size] int32
+    inputs: DecodeInputs
     replay: Replay
 
 
@@ -119,7 +123,7 @@ class DecodeGraphs:
             hidden = self._model.hidden(buffers.token_ids, inputs, self._attention)
             tokens.copy_(self._sampler.choose(hidden, row_ids))
 
-        return Graph(row_ids, tokens, self._capture(work))
+        return Graph(row_ids, tokens, buffers, self._capture(work))
 
 
 def _static_inputs(buffers: DecodeInputs) -> TritonInputs:
