@@ -116,8 +116,8 @@ class EngineCore:
 
     def _land(self, outputs: list[RequestOutput], refusals: list[Refusal]) -> None:
         """Wait for the oldest step and enter its results."""
-        plan, wait, launched_s = self._flying.popleft()
-        result = wait()
+        plan, wait, launched_s = self._flying[0]
+        result = wait()  # an interrupt here has changed nothing
         dropped = self.scheduler.dropped(plan)
         result.without(dropped)
         failed = self._failures(plan, result, dropped)
@@ -125,6 +125,7 @@ class EngineCore:
             self.scheduler.defer(row)
         bound = [(self.scheduler.request(row).request_id, token) for row, token in result.bound.items()]
         logprobs = self._logprobs(plan, result)
+        self._flying.popleft()
         new = self.scheduler.update(plan, result.token_ids)
         for output in new if logprobs else ():
             output.logprobs, output.prompt_logprobs = logprobs.get(output.request_id, (None, None))
@@ -143,13 +144,13 @@ class EngineCore:
 
     def get_ready(self) -> bool:
         """While idle: a piece of work that makes later steps faster. Returns whether there is more."""
-        assert not self.has_work, "a step may be running"
+        self._land_leftovers()
         self._runner.get_ready()
         return self.num_unprepared > 0
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
-        assert not self.has_work, "the rows are in use"
+        self._land_leftovers()
         row = self._rows.take(list(token_ids), len(token_ids))
         try:
             if not self._cache.extend(row, len(token_ids)):
@@ -160,6 +161,14 @@ class EngineCore:
         finally:
             self._cache.free(row)
             self._rows.give_back(row)
+
+    def _land_leftovers(self) -> None:
+        """Steps behind the end of the last request. Only while idle."""
+        outputs: list[RequestOutput] = []
+        while self._flying:
+            self._land(outputs, [])
+        assert not outputs, "a step was running"
+        assert not self.has_work, "the rows are in use"
 
     def stats(self) -> EngineStats:
         """Gauges and counters after the last step."""
@@ -230,6 +239,8 @@ class EngineCore:
             for row in plan.rows[plan.samples][~result.is_finite].tolist()
             if row not in dropped
         ]
+        for row, _ in failed:  # its pages may hold NaN: who has the same prefix must not find them
+            self._cache.disown(self.scheduler.request(row))
         for row in result.stuck:
             matcher = self.scheduler.request(row).matcher
             assert matcher is not None

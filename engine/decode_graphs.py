@@ -99,9 +99,12 @@ class DecodeGraphs:
         size = self._missing.pop()
         try:
             self._graphs[size] = self._captured(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # no memory, in torch or in the driver: such steps stay eager
             logger.warning(
-                "decode graphs=%d missing=%d: no memory for more", len(self._graphs), len(self._missing) + 1
+                "decode graphs=%d missing=%d reason=%s",
+                len(self._graphs),
+                len(self._missing) + 1,
+                type(error).__name__,
             )
             self._missing.clear()
         if not self._missing:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cabochon.engine.attention import Attention
 from cabochon.engine.decode_graphs import Capture, DecodeGraphs, Graph
 from cabochon.engine.device_rows import DeviceRows
-from cabochon.engine.device_sampler import SAMPLED_ROWS, DeviceSampler, last_rows, row_sampling
+from cabochon.engine.device_sampler import DeviceSampler, last_rows, row_sampling
 from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.logprobs import PromptPart, Ranking, prompt_parts
 from cabochon.engine.masks import grace_end_s, next_mask
@@ -32,6 +32,7 @@ from cabochon.engine.streams import Stream
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling_state import RowSampling
 
+RANKED_ROWS = 64  # rows of logits in fp32 at once: 64 × 262,144 are 67 MB, and log probabilities need a few
 LOGPROBS, PROMPT_LOGPROBS, MASKS = 1, 2, 4  # what a row may want beside its token
 NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -48,7 +49,7 @@ class _Step:
     stuck: list[int] = field(default_factory=list)
     tokens: Tensor | None = None  # [R] int32
     ranked: list[int] = field(default_factory=list)  # indices into `sampling`
-    ranking: Ranking | None = None
+    rankings: list[Ranking] = field(default_factory=list)  # of the ranked, in pieces
     prompts: list[list[Ranking]] = field(default_factory=list)  # of `parts`, in pieces
 
 
@@ -117,7 +118,8 @@ class DeviceRunner(StepRunner):
         )
         if (wants & MASKS).any():
             return self._result_of(step, self._launch_masked(step, rows))
-        if plan.num_decodes == len(plan.rows) and not step.ranked and self.graphs is not None:
+        is_plain = plan.num_decodes == len(plan.rows) and not step.ranked and not step.parts
+        if is_plain and self.graphs is not None:
             graph = self.graphs.find(len(plan.rows))
             if graph is not None:
                 return self._result_of(step, self._replay(step, graph))
@@ -226,36 +228,30 @@ class DeviceRunner(StepRunner):
         ids_on_device, ranked = packet.put(row_ids), packet.put(np.array(step.ranked, np.int64))
         count = max((self._params(int(step.sampling[i])).logprobs or 0 for i in step.ranked), default=0)
         prompts = [packet.put(part.next_ids) for part in step.parts]
+        prompt_counts = {part.row: self._params(part.row).prompt_logprobs or 0 for part in step.parts}
 
         def choose(hidden: Tensor) -> None:
-            step.prompts = [
-                self._rank_prompt(hidden[part.first :], next_ids, self._params(part.row))
-                for part, next_ids in zip(step.parts, prompts, strict=True)
-            ]
+            for part, next_ids in zip(step.parts, prompts, strict=True):
+                index = torch.arange(part.first, part.first + len(next_ids), device=hidden.device)
+                step.prompts.append(self._rank(hidden, index, next_ids, prompt_counts[part.row]))
             if not len(row_ids):
                 return
             picked = last_rows(hidden, last, ROW_MULTIPLE)
             tokens = self._sampler.choose(picked, ids_on_device)
-            if step.ranked:
-                some = last_rows(picked, ranked, ROW_MULTIPLE)
-                step.ranking = self._to_host(self._sampler.rank(some, tokens[ranked], count))
+            step.rankings = self._rank(picked, ranked, tokens[ranked], count)
             step.tokens = self._stream.to_host(tokens)
 
         return choose
 
-    def _rank_prompt(self, hidden: Tensor, next_ids: Tensor, params: SamplingParams) -> list[Ranking]:
-        """In pieces of rows: [T, V] is never whole."""
-        count = params.prompt_logprobs or 0
+    def _rank(self, hidden: Tensor, index: Tensor, token_ids: Tensor, count: int) -> list[Ranking]:
+        """Of some rows of hidden: [T', E]; index, token_ids: [R]. In pieces: fp32 [R, V] is never whole."""
         pieces = []
-        for start in range(0, len(next_ids), SAMPLED_ROWS):
-            ids = next_ids[start : start + SAMPLED_ROWS]
-            index = torch.arange(start, start + len(ids), device=hidden.device)
-            ranking = self._sampler.rank(last_rows(hidden, index, ROW_MULTIPLE), ids, count)
-            pieces.append(self._to_host(ranking))
+        for start in range(0, len(token_ids), RANKED_ROWS):
+            piece = slice(start, start + RANKED_ROWS)
+            some = last_rows(hidden, index[piece], ROW_MULTIPLE)
+            ranking = self._sampler.rank(some, token_ids[piece], count)
+            pieces.append(Ranking(*map(self._stream.to_host, ranking)))
         return pieces
-
-    def _to_host(self, ranking: Ranking) -> Ranking:
-        return Ranking(*map(self._stream.to_host, ranking))
 
     def _stage_masks(self, step: _Step, rows: Rows) -> NDArray[np.int32]:
         """Returns `sampling` with −1 for rows whose grammar gives no token now."""
@@ -297,12 +293,12 @@ class DeviceRunner(StepRunner):
 
 def _logprobs(step: _Step) -> dict[int, TokenLogprobs]:
     found: dict[int, TokenLogprobs] = {}
-    if step.ranking is not None:
-        for index, one in zip(step.ranked, step.ranking.rows(), strict=True):
-            row = int(step.sampling[index])
-            count = step.wanting[row].message.params.logprobs or 0
-            del one.top_ids[count:], one.top_logprobs[count:]
-            found[row] = one
+    rows = [one for ranking in step.rankings for one in ranking.rows()]
+    for index, one in zip(step.ranked, rows, strict=True):
+        row = int(step.sampling[index])
+        count = step.wanting[row].message.params.logprobs or 0
+        del one.top_ids[count:], one.top_logprobs[count:]
+        found[row] = one
     return found
 
 

@@ -23,7 +23,9 @@ def run_probe(core: EngineCore, *, step_tokens: int, max_seqs: int, max_model_le
     params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=1.0, top_p=0.9, ignore_eos=True)
     for index in range(max_seqs):
         name = f"probe-{index}"
-        core.add(GenerateRequest(request_id=name, prompt_ids=[index % 8 + 1] * prompt_len, params=params))
+        # private: equal prompts would wait for each other's pages instead of filling the step
+        ids = [index % 8 + 1] * prompt_len
+        core.add(GenerateRequest(request_id=name, prompt_ids=ids, params=params, is_private=True))
     while core.has_work:
         _, refusals = core.step()
         assert not refusals, f"the probe was refused: {refusals[0].message}"

@@ -140,6 +140,14 @@ class KVCache:
             computed = int(self._rows.num_computed[request.row])
             self._register(request, request.row, computed // self.page_tokens)
 
+    def disown(self, request: Request) -> None:
+        """Nobody finds the pages that it has computed, from now on. The request must have a row."""
+        assert request.row is not None
+        request.is_published = False
+        for page in self._tables[:, request.row, self._attached[request.row] :].ravel().tolist():
+            if page != NULL_PAGE:
+                self.pool.forget(page)
+
     def free(self, row: int) -> None:
         """Give back everything, the tail of the chain first, so that it is reused before its head."""
         end = int(self._end_page[row])

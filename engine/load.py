@@ -32,7 +32,7 @@ from cabochon.engine.page_pool import PagePool
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import Runner, StepRunner
 from cabochon.engine.sampler import Sampler
-from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, Scheduler
+from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, WATERMARK, Scheduler
 from cabochon.engine.settle import (
     has_triton,
     model_class_for,
@@ -263,12 +263,17 @@ class _CoreBuilder:
         config = self.config
         per_row = max(1, config.step_tokens // config.max_seqs) + PROBE_TOKENS
         num_pages = config.max_seqs * self.layout.pages_per_sequence(per_row, per_row)
-        core, _ = self.build(num_pages, max_model_len)
-        probe = partial(
-            run_probe,
-            core,
-            step_tokens=config.step_tokens,
-            max_seqs=config.max_seqs,
-            max_model_len=max_model_len,
-        )
-        return measure_peak(probe, self.device) + measure_graphs(core, self.device)
+        num_pages += int(2 * WATERMARK * num_pages) + 1  # which admission leaves free
+        built: list[tuple[EngineCore, KVPages]] = []
+
+        def build_and_run() -> None:  # rows and sampling buffers count, too
+            built.append(self.build(num_pages, max_model_len))
+            run_probe(
+                built[0][0],
+                step_tokens=config.step_tokens,
+                max_seqs=config.max_seqs,
+                max_model_len=max_model_len,
+            )
+
+        peak = measure_peak(build_and_run, self.device) - built[0][1].num_bytes
+        return peak + measure_graphs(built[0][0], self.device)

@@ -68,6 +68,14 @@ class PagePool:
             self._name[page] = (group, content)
             self._page_of[group, content] = page
 
+    def forget(self, page: int) -> None:
+        """Take the name of a page in use, if it has one."""
+        assert self._references[page] > 0, "only pages in use are forgotten"
+        name = self._name[page]
+        if name is not None:
+            self._name[page] = None
+            del self._page_of[name]
+
     def lookup(self, group: int, content: bytes) -> int | None:
         """The page with that content, used or cached."""
         return self._page_of.get((group, content))

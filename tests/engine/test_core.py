@@ -249,3 +249,35 @@ def test_an_abort_frees_pages_at_once_and_a_publish_only_offers_them(
     add(core, "b", [*range(10, 30), 5], max_tokens=1)
     outputs, _ = core.step()
     assert outputs[-1].cached_tokens == (0 if is_abort else 20)
+
+
+def test_pages_of_a_request_that_gave_nan_are_not_found_by_the_next_one(tiny_gemma2_dir: Path) -> None:
+    prompt = [8, 9, BAD, *range(10, 30)]
+    clean = core_of(tiny_gemma2_dir)
+    add(clean, "a", prompt)
+    expected, _ = run(clean)
+    core = core_of(tiny_gemma2_dir)
+    weights = core._runner._model._embedding  # type: ignore[attr-defined]
+    good = weights[BAD].clone()
+    poison(core)
+    add(core, "bad", prompt)
+    assert [refusal.request_id for refusal in run(core)[1]] == ["bad"]
+    weights[BAD] = good
+    add(core, "a", prompt)
+    found, refusals = run(core)
+    assert (found, refusals) == (expected, [])
+    assert core.stats().prefix_hits == 0
+    core.scheduler.check()
+
+
+def test_what_is_still_on_its_way_after_the_last_request_does_not_keep_the_rows(
+    tiny_gemma2_dir: Path,
+) -> None:
+    core = core_of(tiny_gemma2_dir)
+    core._depth = 2
+    add(core, "a", [8, 9, 10])
+    core.step()
+    core.abort("a")
+    assert core.has_work, "a step is on its way"
+    core.prompt_logits([8, 9, 10])
+    assert not core.has_work

@@ -1,6 +1,8 @@
 """The runner of GPUs in Triton's interpreter, on a stream that does its work as late as it can."""
 
+import gc
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from cabochon.engine.load import load_engine
 from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.sampling_params import Grammar, SamplingParams
 from cabochon.engine.streams import CpuStream
+from cabochon.kernels.prepare_inputs import DecodeInputs
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
@@ -63,6 +66,7 @@ class Engine:
         }  # fmt: skip
         self.stream = LazyStream()
         self.replays = 0
+        self.graph_inputs: list[weakref.ref[Tensor]] = []
         with monkeypatch.context() as patch:
             patch.setattr(load_module, "stream_for", lambda device: self.stream)
             config = EngineConfig(**{**defaults, **options})
@@ -75,6 +79,10 @@ class Engine:
                 pass
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        closures = [cell.cell_contents for cell in work.__closure__ or ()]
+        buffers = [one for one in closures if isinstance(one, DecodeInputs)]
+        self.graph_inputs += [weakref.ref(one) for one in itertools.chain(*buffers)]
+
         def replay() -> None:
             self.replays += 1
             work()
@@ -203,6 +211,7 @@ def test_log_probabilities_of_prompt_and_output_are_those_of_the_host_runner(
 ) -> None:
     wanted = {
         "both": (prompt(19, 1), greedy(3, logprobs=3, prompt_logprobs=2)),
+        "prompt": (prompt(1, 4), greedy(3, prompt_logprobs=2)),  # one token: as short as a decode
         "own": (prompt(4, 2), SamplingParams(temperature=1.0, seed=3, max_tokens=3, logprobs=0)),
         "none": (prompt(4, 3), greedy(3)),
     }
@@ -271,6 +280,42 @@ def test_the_logits_that_verify_compares_are_those_of_the_host_runner(
     host, _ = load_engine(config, small_gemma2_dir)
     close = (engine.core.prompt_logits(prompt(11)) - host.prompt_logits(prompt(11))).abs().max()
     assert close < 1e-4
+
+
+def test_a_graph_keeps_what_it_reads_alive(small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small_gemma2_dir, monkeypatch, has_graphs=False)
+    runner = engine.core._runner
+    assert isinstance(runner, DeviceRunner)
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        engine._capture(work)
+        return lambda: None  # a graph holds addresses, not objects
+
+    runner.add_graphs([4], capture)
+    assert not engine.core.get_ready()
+    gc.collect()
+    assert len(engine.graph_inputs) == 5
+    assert all(ref() is not None for ref in engine.graph_inputs)
+
+
+def test_an_interrupt_while_a_step_is_awaited_leaves_a_core_that_goes_on(
+    small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, oracle: dict[str, list[int]]
+) -> None:
+    engine = Engine(small_gemma2_dir, monkeypatch)
+    prompt_ids, params = MIXED["a"]
+    engine.core.add(GenerateRequest(request_id="old", prompt_ids=prompt_ids, params=params))
+    engine.core.step()
+    work = engine.stream.queue[0]
+
+    def interrupted() -> None:
+        engine.stream.queue.appendleft(work)
+        raise KeyboardInterrupt
+
+    engine.stream.queue[0] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.core.step()
+    engine.core.abort("old")
+    assert tokens(engine.run({"a": MIXED["a"]})) == {"a": oracle["a"]}
 
 
 def test_graph_sizes_hold_every_number_of_rows_with_little_padding() -> None:

@@ -23,15 +23,25 @@ def test_a_gpu_that_is_full_is_said_to_be(used: int) -> None:
         pool_bytes(total=80 * GIB, used=used, peak=2 * GIB, utilization=0.9)
 
 
-@pytest.mark.parametrize(("max_seqs", "step_tokens"), [(4, 64), (8, 8), (1, 32)])
+@pytest.mark.parametrize(("max_seqs", "step_tokens"), [(4, 64), (8, 8), (1, 32), (16, 512)])
 def test_the_probe_fills_a_step_and_leaves_the_core_idle(
-    tiny_gemma2_dir: Path, max_seqs: int, step_tokens: int
+    tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, max_seqs: int, step_tokens: int
 ) -> None:
     config = EngineConfig(
         dtype="fp32", page_tokens=4, kv_cache_gib=0.01, max_seqs=max_seqs, step_tokens=step_tokens, threads=1
     )
     core, info = load_engine(config, tiny_gemma2_dir)
+    steps: list[int] = []
+    run = core.step
+
+    def step() -> object:
+        found = run()
+        steps.append(core.stats().step_tokens)
+        return found
+
+    monkeypatch.setattr(core, "step", step)
     run_probe(core, step_tokens=step_tokens, max_seqs=max_seqs, max_model_len=info.max_model_len)
+    assert steps[0] == step_tokens // max_seqs * max_seqs, "the first step must be as large as any"
     stats = core.stats()
     assert not core.has_work
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
