@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.errors import ConfigError
+
 Owner = TypeVar("Owner")
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> zeros
 NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
@@ -16,11 +18,16 @@ ALIGNMENT = 4  # words
 
 
 class Arena:
-    """[num_words] int32. `writes` are collected on the host, and applied on the device in one operation."""
+    """[num_words] int32. `writes` are collected on the host, and applied on the device in one operation.
+
+    Raises ConfigError if they are too many to be named by int32.
+    """
 
     def __init__(self, num_words: int, device: torch.device) -> None:
         if num_words >= 2**31:
-            raise ValueError(f"rows must fit in 2^31 words, got {num_words}: lower max_seqs")
+            raise ConfigError(
+                f"max_seqs rows must fit in 2^31 words, got {num_words}: lower max_seqs or max_model_len"
+            )
         self._memory = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._used = 0
         self._places: list[NDArray[np.int32]] = []

@@ -34,7 +34,6 @@ from cabochon.kernels.sampling_state import RowSampling
 
 RANKED_ROWS = 64  # rows of logits in fp32 at once: 64 × 262,144 are 67 MB, and log probabilities need a few
 LOGPROBS, PROMPT_LOGPROBS, MASKS = 1, 2, 4  # what a row may want beside its token
-NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -238,7 +237,8 @@ class DeviceRunner(StepRunner):
                 return
             picked = last_rows(hidden, last, ROW_MULTIPLE)
             tokens = self._sampler.choose(picked, ids_on_device)
-            step.rankings = self._rank(picked, ranked, tokens[ranked], count)
+            if step.ranked:
+                step.rankings = self._rank(picked, ranked, tokens[ranked], count)
             step.tokens = self._stream.to_host(tokens)
 
         return choose
@@ -261,8 +261,7 @@ class DeviceRunner(StepRunner):
             if request.matcher is None:
                 continue
             is_free = rows.num_tokens[row] - rows.num_prompt[row] >= self._params(row).min_tokens
-            forbidden = NO_IDS if is_free else np.array(sorted(request.stop_ids), np.int64)
-            mask = next_mask(request.matcher, until_s, forbidden)
+            mask = next_mask(request.matcher, until_s, () if is_free else request.stop_ids)
             if isinstance(mask, str):
                 (step.late if mask == "late" else step.stuck).append(row)
                 row_ids[index] = -1

@@ -1,6 +1,7 @@
 """What a grammar says to a row that is about to sample: its mask, or why there is none."""
 
 import time
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ Missing = Literal["late", "stuck"]  # not there yet; there is no next token
 
 
 def next_mask(
-    matcher: Matcher, grace_end_s: float, forbidden: NDArray[np.int64]
+    matcher: Matcher, grace_end_s: float, forbidden: Collection[int]
 ) -> NDArray[np.bool_] | Missing:
     """The tokens it allows but for the forbidden ones: [V]. Waits for the mask until grace_end_s."""
     if not matcher.wait(grace_end_s) or matcher.state is State.COMPLETE:
@@ -22,7 +23,7 @@ def next_mask(
     if matcher.state is State.FAILED:
         return "stuck"
     allowed = matcher.mask()
-    allowed[forbidden] = False
+    allowed[list(forbidden)] = False
     return allowed if allowed.any() else "stuck"
 
 

@@ -21,8 +21,6 @@ from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
 
-NO_IDS: NDArray[np.int64] = np.empty(0, np.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -131,7 +129,7 @@ class Sampler:
         if matcher is None:
             return self._draw(logits, row, rows)
         is_free = rows.num_tokens[row] - rows.num_prompt[row] >= params.min_tokens
-        mask = next_mask(matcher, self._grace_end_s, NO_IDS if is_free else state.stop_ids.cpu().numpy())
+        mask = next_mask(matcher, self._grace_end_s, () if is_free else state.request.stop_ids)
         if isinstance(mask, str):
             (result.late if mask == "late" else result.stuck).append(row)
             return 0

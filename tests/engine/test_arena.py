@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.arena import Allocate, Arena
+from cabochon.engine.errors import ConfigError
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -53,5 +54,5 @@ def test_every_array_starts_where_triton_expects_pointers() -> None:
 
 
 def test_an_arena_beyond_what_its_places_can_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="rows must fit in 2\\^31 words"):
+    with pytest.raises(ConfigError, match=r"max_seqs rows must fit in 2\^31 words, got \d+: lower max_seqs"):
         Arena(2**31, torch.device("meta"))

@@ -30,6 +30,8 @@ THREADS = "threads must be at least 1, got {}: leave it out for all cores"
         ("dtype", None, DTYPE),
         ("kv_dtype", "fp16", KV_DTYPE),
         ("kv_dtype", None, KV_DTYPE),
+        ("step_depth", 0, "step_depth must be 1 or 2, got 0: 2 is faster"),
+        ("step_depth", 3, "step_depth must be 1 or 2, got 3: 2 is faster"),
         ("quantization", "int4", "quantization must be none or fp8, got int4: use none"),
         ("page_tokens", 0, PAGE),
         ("page_tokens", -16, PAGE),
