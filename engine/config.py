@@ -39,6 +39,11 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory for weights, pages and activations
     prefix_caching: bool = True  # share the pages of common prefixes
+    lora_modules: tuple[str, ...] = ()  # adapters to serve from the start, NAME=PATH each, in PEFT format
+    lora_dir: str | None = None  # adapters below it may be loaded and unloaded over HTTP; None: none may
+    max_loras: int = 8  # adapters in one batch, each in a slot of the device; more wait in host memory
+    max_lora_rank: int = 64  # of an adapter; on a GPU every slot takes room for it
+    merge_lora: str | None = None  # NAME=PATH: add the adapter to the weights, and serve the sum as NAME
     threads: int | None = None  # torch threads on CPU; None: the cores this process may use
 
     def __post_init__(self) -> None:
@@ -77,5 +82,28 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}: 0.9 is usual"
             )
+        for name in ("max_loras", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}: raise it")
+        names = [split_module("lora_modules", module)[0] for module in self.lora_modules]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"lora_modules must have names of their own, got {', '.join(names)}: rename one"
+            )
+        if self.merge_lora is not None:
+            split_module("merge_lora", self.merge_lora)
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}: leave it out for all cores")
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether slots are kept for adapters."""
+        return bool(self.lora_modules or self.lora_dir)
+
+
+def split_module(option: str, module: str) -> tuple[str, str]:
+    """Name and path of NAME=PATH. Raises ConfigError."""
+    name, _, path = module.partition("=")
+    if not name or not path:
+        raise ConfigError(f"{option} must be NAME=PATH, got {module}: name the adapter and its directory")
+    return name, path

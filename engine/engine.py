@@ -3,7 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 
-from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput, StepOutput
+from cabochon.engine.messages import (
+    AdapterInfo,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestOutput,
+    StepOutput,
+)
 
 
 class Engine(ABC):
@@ -34,6 +41,21 @@ class Engine(ABC):
         """End a request and free its pages within one step; who still reads it gets Aborted.
 
         Unknown ids are ignored: it may have ended.
+        """
+
+    @abstractmethod
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
+        """Read the PEFT directory at `path`; from then on requests may name it.
+
+        replace: it may take the name of a loaded adapter, which its open requests keep until they end.
+        Raises BadAdapter, and then nothing has changed, or EngineDead. Running requests never wait for it.
+        """
+
+    @abstractmethod
+    async def unload_adapter(self, name: str) -> None:
+        """Take no more requests for it, and forget it when its open ones have ended.
+
+        Raises UnknownAdapter, or EngineDead.
         """
 
     @abstractmethod

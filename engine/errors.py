@@ -5,7 +5,9 @@ EngineError
 │   ├── PromptTooLong       prompt + max_tokens do not fit the context
 │   ├── BadPrompt           empty prompt, token ids outside the vocabulary
 │   ├── BadSampling         a sampling parameter out of its range
-│   └── BadGrammar          a schema, regex or grammar that cannot be read, followed or met
+│   ├── BadGrammar          a schema, regex or grammar that cannot be read, followed or met
+│   ├── BadAdapter          a LoRA adapter that cannot be read, or not on this model, or not under this name
+│   └── UnknownAdapter      no adapter of that name is loaded (404)
 ├── ModelError              the operator: the model cannot be served, nothing starts
 │   ├── UnsupportedModel    not a Gemma 2 or Gemma 3 text checkpoint, or an unsafe dtype
 │   ├── BadCheckpoint       files missing, truncated, or not matching the configuration
@@ -46,6 +48,14 @@ class BadSampling(RequestError):
 
 class BadGrammar(RequestError):
     """A schema, regular expression or grammar cannot be read, is too large to follow, or allows no text."""
+
+
+class BadAdapter(RequestError):
+    """A LoRA adapter is unreadable, unsupported or of another model, or its name is taken."""
+
+
+class UnknownAdapter(RequestError):
+    """No adapter of that name is loaded."""
 
 
 class ModelError(EngineError):

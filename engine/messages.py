@@ -75,11 +75,24 @@ class EngineStats:
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # prompt tokens found there
     preemptions: int = 0
+    resident_adapters: list[str] = field(default_factory=list)  # in a slot of the device, in use or not
+    waiting_adapters: list[str] = field(default_factory=list)  # of waiting requests, in no slot
 
     @property
     def kv_usage(self) -> float:
         """Pages referenced by live requests over all pages, 0..1: evictable cached pages count as free."""
         return self.pages_used / self.pages_total if self.pages_total else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """A loaded LoRA adapter."""
+
+    name: str
+    path: str
+    rank: int
+    num_bytes: int  # of its weights, in host memory and in a slot
+    base_model: str | None  # what its configuration says it was trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +116,8 @@ class EngineInfo:
     weight_bytes: int
     load_s: float
     quantization: str = "none"  # of weights: "none" or "fp8"
+    max_loras: int = 0  # adapters in one batch; 0: it takes none
+    adapters: list[AdapterInfo] = field(default_factory=list)  # those of lora_modules
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -139,6 +154,27 @@ class Publish:
     """Let others share the pages of a private request."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadAdapter:
+    """Read an adapter and serve it under its name; answered by AdapterReply.
+
+    replace: it may take the name of a loaded one, which its running requests keep until they end.
+    """
+
+    reply_to: int
+    name: str
+    path: str
+    replace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadAdapter:
+    """Serve an adapter no more, and forget it when its running requests have ended."""
+
+    reply_to: int
+    name: str
 
 
 # Engine to server.
@@ -194,6 +230,15 @@ class Refusal:
             message=str(error),
             param=getattr(error, "param", None),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterReply:
+    """What became of a LoadAdapter (info) or UnloadAdapter (no info); refusal: it changed nothing."""
+
+    reply_to: int
+    info: AdapterInfo | None = None
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
