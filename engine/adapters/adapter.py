@@ -21,7 +21,7 @@ PARTS: dict[LinearName, tuple[str, ...]] = {  # names as in checkpoints, within 
 
 
 class LinearShape(NamedTuple):
-    """k inputs; part i makes outputs part_ends[i − 1] to part_ends[i]."""
+    """k inputs; part i makes outputs part_ends[i - 1] to part_ends[i]."""
 
     k: int
     part_ends: tuple[int, ...]
