@@ -45,7 +45,7 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Weights in the working dtype, in host memory. layers[i] lacks the linear layers that it leaves alone."""
+    """Weights in the working dtype, in host memory. layers[i] lacks linear layers that it leaves alone."""
 
     rank: int
     layers: list[dict[LinearName, Delta]]
