@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.adapters.slots import LoadedAdapter
-from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError
+from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError, UnknownAdapter
 from cabochon.engine.grammars import Grammars, Matcher, State
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import (
@@ -104,10 +104,17 @@ class EngineCore:
         self.adapters.start_load(message)
 
     def unload_adapter(self, message: UnloadAdapter) -> None:
-        """No new request can name it; those that have keep it until they end."""
-        adapter = self.adapters.unload(message)
-        if adapter is not None:
-            self.scheduler.slots.forget(adapter)
+        """Answered at once, among the replies."""
+        try:
+            self.drop_adapter(message.name)
+        except UnknownAdapter as error:
+            self.adapters.refuse(message.reply_to, error)
+        else:
+            self.adapters.reply(message.reply_to)
+
+    def drop_adapter(self, name: str) -> None:
+        """No new request can name it; those that have keep it until they end. Raises UnknownAdapter."""
+        self.scheduler.slots.forget(self.adapters.remove(name))
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
         """One step: new tokens of every request in it, and the requests it had to give up.

@@ -44,10 +44,10 @@ class AdapterWeights(ABC):
 
 
 class TorchAdapterWeights(AdapterWeights):
-    """All adapters that have a slot side by side in one matrix: a step takes as many products for many as for one.
+    """All adapters that have a slot side by side in one matrix: a step has as many products for many as for one.
 
-    Values that a token has of other adapters are masked. On a CPU a product costs 16 µs however small it is, so
-    that eight adapters one by one would take longer than the step (docs/decisions.md).
+    What a token gets of other adapters is masked. On a CPU a bf16 product takes 16 µs however small it is:
+    eight adapters one by one would add half the time of a step (docs/decisions.md).
     """
 
     def __init__(self, model: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.errors import BadAdapter, EngineError, UnknownAdapter
-from cabochon.engine.messages import AdapterInfo, AdapterReply, LoadAdapter, Refusal, UnloadAdapter
+from cabochon.engine.messages import AdapterInfo, AdapterReply, LoadAdapter, Refusal
 
 Read = Callable[[Path], Adapter]  # raises BadAdapter
 
@@ -19,8 +19,9 @@ Read = Callable[[Path], Adapter]  # raises BadAdapter
 class Adapters:
     """Loaded ones, and those that are being read."""
 
-    def __init__(self, read: Read) -> None:
-        self._read = read
+    def __init__(self, read: Read | None) -> None:
+        """read: None if the engine has no slots for adapters."""
+        self._read = read or _no_slots
         self._by_name: dict[str, LoadedAdapter] = {}
         self._uids = itertools.count(1)
         self._reader = ThreadPoolExecutor(1, "adapters")  # one: reading must leave cores for steps
@@ -49,7 +50,7 @@ class Adapters:
     def start_load(self, message: LoadAdapter) -> None:
         """Answered by a later `finish_loads`."""
         if not message.replace and self._is_taken(message.name):
-            self._refuse(message.reply_to, _taken(message.name))
+            self.refuse(message.reply_to, _taken(message.name))
             return
         self._reading.append((message, self._reader.submit(self._read, Path(message.path))))
 
@@ -61,23 +62,27 @@ class Adapters:
             try:
                 info, old = self._enter(message, reading.result())
             except BadAdapter as error:
-                self._refuse(message.reply_to, error)
+                self.refuse(message.reply_to, error)
                 continue
-            self._replies.append(AdapterReply(reply_to=message.reply_to, info=info))
+            self.reply(message.reply_to, info)
             replaced += [old] if old is not None else []
         return replaced
 
-    def unload(self, message: UnloadAdapter) -> LoadedAdapter | None:
-        """Returns the adapter that requests can name no longer, if there was one."""
-        adapter = self._by_name.pop(message.name, None)
-        if adapter is None:
-            self._refuse(
-                message.reply_to,
-                UnknownAdapter(f"lora_name must be a loaded adapter, {message.name} is not: see /v1/models", "lora_name"),
+    def remove(self, name: str) -> LoadedAdapter:
+        """From now on requests cannot name it. Raises UnknownAdapter."""
+        if name not in self._by_name:
+            raise UnknownAdapter(
+                f"lora_name must be a loaded adapter, {name} is not: see /v1/models", "lora_name"
             )
-        else:
-            self._replies.append(AdapterReply(reply_to=message.reply_to))
-        return adapter
+        return self._by_name.pop(name)
+
+    def reply(self, reply_to: int, info: AdapterInfo | None = None) -> None:
+        """A message was followed."""
+        self._replies.append(AdapterReply(reply_to=reply_to, info=info))
+
+    def refuse(self, reply_to: int, error: EngineError) -> None:
+        """A message was not."""
+        self._replies.append(AdapterReply(reply_to=reply_to, refusal=Refusal.of("", error)))
 
     def take_replies(self) -> list[AdapterReply]:
         """Since the last call."""
@@ -101,11 +106,16 @@ class Adapters:
         )
         return info, old
 
-    def _refuse(self, reply_to: int, error: EngineError) -> None:
-        self._replies.append(AdapterReply(reply_to=reply_to, refusal=Refusal.of("", error)))
+
+def _no_slots(_: Path) -> Adapter:
+    raise BadAdapter(
+        "an engine must be started with slots for adapters, this one was not: start it with lora_modules or"
+        " lora_dir"
+    )
 
 
 def _taken(name: str) -> BadAdapter:
     return BadAdapter(
-        f"lora_name must be new, {name} is loaded: unload it first, or set load_inplace to replace it", "lora_name"
+        f"lora_name must be new, {name} is loaded: unload it first, or set load_inplace to replace it",
+        "lora_name",
     )

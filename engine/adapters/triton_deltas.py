@@ -1,7 +1,7 @@
-"""Adapters on a GPU: every slot has room for the largest rank, two kernels add what a linear layer's adapters say.
+"""Adapters on a GPU: slots with room for the largest rank, and two kernels for each linear layer.
 
 Rows of one adapter stand together in a step, and are cut into tiles on the host: a kernel's program has one
-tile and one adapter. The shapes of all this do not depend on who is in the batch, so a CUDA graph may hold it.
+tile and one adapter. No shape depends on who is in the batch, so a CUDA graph may hold all of it.
 """
 
 import numpy as np
@@ -41,7 +41,9 @@ class TritonAdapterWeights(AdapterWeights):
         self._layers: list[dict[LinearName, LoraWeights]] = [
             {
                 name: LoraWeights(
-                    a=torch.zeros((num_slots, len(PARTS[name]) * max_rank, shape.k), dtype=dtype, device=device),
+                    a=torch.zeros(
+                        (num_slots, len(PARTS[name]) * max_rank, shape.k), dtype=dtype, device=device
+                    ),
                     b=torch.zeros((num_slots, shape.n, max_rank), dtype=dtype, device=device),
                     ranks=torch.zeros(num_slots, dtype=torch.int32, device=device),
                     part_ends=shape.part_ends,
@@ -101,5 +103,10 @@ class _TritonDeltas(StepDeltas):
 
     def add(self, layer: int, name: LinearName, x: Tensor, out: Tensor) -> None:
         add_lora(
-            x, self._layers[layer][name], self._tiles, tile_rows=self._tile_rows, scratch=self._scratch, out=out
+            x,
+            self._layers[layer][name],
+            self._tiles,
+            tile_rows=self._tile_rows,
+            scratch=self._scratch,
+            out=out,
         )
