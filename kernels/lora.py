@@ -83,7 +83,7 @@ def add_lora(
 
 
 def _piece_len(K: int) -> int:
-    return max(MIN_PIECE, triton.cdiv(K, MAX_PIECES * PIECE_STEP) * PIECE_STEP)
+    return max(MIN_PIECE, -(-K // (MAX_PIECES * PIECE_STEP)) * PIECE_STEP)
 
 
 def _sizes(part_ends: tuple[int, ...]) -> list[int]:
