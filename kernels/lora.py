@@ -76,14 +76,14 @@ def add_lora(
     )  # fmt: skip
     block_n = _block_n(part_ends, blocks.block_n)
     _expand_kernel[(N // block_n, n)](
-        scratch, b, ranks, tiles, out, *_inner_ends(part_ends), b.stride(0), out.stride(0),
+        scratch, b, ranks, tiles, out, *(*part_ends, N)[:2], b.stride(0), out.stride(0),
         P=P, R=R, PIECES=num_pieces, TILE=tile_rows, BLOCK_N=block_n, BLOCK_R=BLOCK_R,
         num_warps=blocks.expand_warps,
     )  # fmt: skip
 
 
 def _piece_len(K: int) -> int:
-    return max(MIN_PIECE, triton.cdiv(K, MAX_PIECES * PIECE_STEP) * PIECE_STEP)
+    return max(MIN_PIECE, -(-K // (MAX_PIECES * PIECE_STEP)) * PIECE_STEP)
 
 
 def _sizes(part_ends: tuple[int, ...]) -> list[int]:
@@ -94,13 +94,6 @@ def _block_n(part_ends: tuple[int, ...], largest: int) -> int:
     """The largest power of two that divides every part: no tile of N has columns of two."""
     common = math.gcd(*_sizes(part_ends))
     return min(common & -common, largest)
-
-
-def _inner_ends(part_ends: tuple[int, ...]) -> tuple[int, int]:
-    """Of the first two parts; N for those that are not there or have no other behind them."""
-    N = part_ends[-1]
-    first, second, _ = (*part_ends, N, N)[:3]
-    return first, second
 
 
 def _check(
@@ -189,6 +182,7 @@ def _expand_kernel(
     is_row = (t < end)[:, None]
     n_start = tl.program_id(0) * BLOCK_N
     n = n_start + tl.arange(0, BLOCK_N)
+    # With fewer parts than three, end_1 or both are N
     part = (n_start >= end_0).to(tl.int32) + (n_start >= end_1).to(tl.int32)
     scratch_ptrs = scratch_ptr + (t * (PIECES * P * R) + part * R)[:, None]
     b_ptrs = b_ptr + slot * b_stride_s + (n * R)[:, None]

@@ -67,7 +67,7 @@ def add_lora_reference(x: Tensor, weights: LoraWeights, tiles: Tensor, *, out: T
     x: [T', K]. out: [T', N] of x's dtype, changed in place; rows of no tile stay as they are.
     tiles: [n, 3] integers on the host, as of `lora_tiles`; slot −1 is padding. Their size does not matter.
     """
-    a = weights.a.unflatten(1, (len(weights.part_ends), -1))  # [S, P, R, K]
+    a = weights.a.view(len(weights.a), len(weights.part_ends), -1, x.shape[1])  # [S, P, R, K]
     wide = torch.promote_types(x.dtype, torch.float32)
     ranks = weights.ranks.tolist()
     for slot, first, end in tiles.tolist():
@@ -80,7 +80,7 @@ def add_lora_reference(x: Tensor, weights: LoraWeights, tiles: Tensor, *, out: T
             rows = slice(start, min(start + REFERENCE_ROWS, end))
             low = _fixed_rows_linear(x[rows].to(wide), a_used).to(x.dtype)  # [rows, P · rank]
             begin = 0
-            for part, part_end in zip(low.split(rank, dim=1), weights.part_ends, strict=True):
+            for part, part_end in zip(torch.split(low, rank, dim=1), weights.part_ends, strict=True):
                 added = _fixed_rows_linear(part.to(wide), b_used[begin:part_end])
                 out[rows, begin:part_end] = (out[rows, begin:part_end].to(wide) + added).to(x.dtype)
                 begin = part_end
