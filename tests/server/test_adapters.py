@@ -197,7 +197,8 @@ def test_a_path_may_be_relative_or_absolute(lora: LiveServer, home: Path) -> Non
     "given",
     [
         "../elsewhere/a", "../loras2/a", "a/../../elsewhere/a", "../loras/a", "a/../../loras/a", "..", "/",
-        "/etc", "//etc", "HOME/../elsewhere/a", "link/a", "link", "link/../elsewhere/a", "HOME2/a", "HOME/link/a", "etc/passwd", "linked_file",
+        "/etc", "//etc", "HOME/../elsewhere/a", "link/a", "link", "link/../elsewhere/a", "HOME2/a",
+        "HOME/link/a", "etc/passwd", "linked_file",
         "linked_dir", "../nowhere", "/nowhere", "a/../../nowhere", "link/nowhere", "broken_link",
     ],
 )  # fmt: skip
