@@ -44,7 +44,7 @@ class AdapterWeights(ABC):
 
 
 class TorchAdapterWeights(AdapterWeights):
-    """All adapters that have a slot side by side in one matrix: a step has as many products for many as for one.
+    """All adapters that have a slot stand side by side in one matrix: many take no more products than one.
 
     What a token gets of other adapters is masked. On a CPU a bf16 product takes 16 µs however small it is:
     eight adapters one by one would add half the time of a step (docs/decisions.md).
