@@ -1,6 +1,5 @@
 """Logits of mixed batches of three adapters and the base model, against transformers and peft, in fp32."""
 
-
 import numpy as np
 import pytest
 import torch
