@@ -120,12 +120,17 @@ def test_a_grammar_binds_the_output_of_an_adapter(small: AdaptedGemma, small_gem
         assert one.text in ("yes!", "no!")
 
 
-def load(core: EngineCore, name: str, path: Path | str, *, replace: bool = False) -> str | None:
-    """Returns the message of the refusal, if it was refused."""
+Found = dict[str, list[int]]
+
+
+def load(
+    core: EngineCore, name: str, path: Path, found: Found | None = None, *, replace: bool = False
+) -> str | None:
+    """Step until it is loaded; `found` gets what requests got. Returns the message of a refusal."""
     core.load_adapter(LoadAdapter(reply_to=7, name=name, path=str(path), replace=replace))
     while True:
         assert core.has_work, "the core sleeps, and nobody hears the reply"
-        core.step()
+        step(core, {} if found is None else found)
         if replies := core.adapters.take_replies():
             assert [reply.reply_to for reply in replies] == [7]
             return None if replies[0].refusal is None else replies[0].refusal.message
@@ -141,12 +146,16 @@ def start(core: EngineCore, name: str, adapter: str | None, ids: list[int], num_
     core.add(GenerateRequest(request_id=name, prompt_ids=ids, params=greedy(num_tokens), adapter=adapter))
 
 
-def finish(core: EngineCore) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+def step(core: EngineCore, found: Found) -> None:
+    for output in core.step()[0]:
+        found.setdefault(output.request_id, []).extend(output.token_ids)
+    core.scheduler.check()
+
+
+def finish(core: EngineCore, found: Found | None = None) -> Found:
+    found = {} if found is None else found
     while core.has_work:
-        for output in core.step()[0]:
-            found.setdefault(output.request_id, []).extend(output.token_ids)
-        core.scheduler.check()
+        step(core, found)
     return found
 
 
@@ -156,19 +165,22 @@ def test_an_adapter_is_loaded_used_replaced_and_unloaded(small: AdaptedGemma, sm
     with pytest.raises(UnknownAdapter, match="mine"):
         start(core, "early", "mine", ids)
     assert load(core, "mine", small.paths["eight"]) is None
-    start(core, "old", "mine", ids)
-    core.step()
-    assert "load_inplace" in (load(core, "mine", small.paths["sixteen"]) or "")
-    assert load(core, "mine", small.paths["sixteen"], replace=True) is None
+    found: Found = {}
+    start(core, "old", "mine", ids, 24)
+    step(core, found)
+    assert "load_inplace" in (load(core, "mine", small.paths["sixteen"], found) or "")
+    assert load(core, "mine", small.paths["sixteen"], found, replace=True) is None
     start(core, "new", "mine", ids)
-    core.step()
+    step(core, found)
+    assert core.stats().running == 2
     assert unload(core, "mine") is None
     assert unload(core, "mine") == "UnknownAdapter"
     with pytest.raises(UnknownAdapter):
         start(core, "late", "mine", ids)
-    found = finish(core)
-    assert found["old"][-4:] == small.greedy("eight", ids, 6)[-4:]  # its first came while the other was read
-    assert found["new"][-4:] == small.greedy("sixteen", ids, 6)[-4:]
+    assert finish(core, found) == {
+        "old": small.greedy("eight", ids, 24),
+        "new": small.greedy("sixteen", ids, 6),
+    }
     assert core.stats().resident_adapters == []
     assert core.stats().prefix_hits == 0
 
