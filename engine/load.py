@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cabochon.engine.adapters.merge import open_weights
 from cabochon.engine.attention import Backend, make_attention
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.core import EngineCore
@@ -24,7 +25,7 @@ from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.messages import EngineInfo
-from cabochon.engine.models.checkpoint import Checkpoint
+from cabochon.engine.models.checkpoint import Weights
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma, LoadTensor
 from cabochon.engine.models.hf_config import load_model_config
@@ -58,7 +59,7 @@ def load_engine(
     on_progress: Progress | None = None,
     *,
     expects_grammars: bool = False,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Weights | None = None,
 ) -> tuple[EngineCore, EngineInfo]:
     """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded.
 
@@ -83,7 +84,7 @@ def load_engine(
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
     grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
-    weights = checkpoint or Checkpoint(model_dir)
+    weights = checkpoint or open_weights(config, model_dir, model_config)
     make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
     model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
@@ -170,7 +171,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 def _load_model(
     make_model: Callable[[ModelConfig, LoadTensor, int], Gemma],
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
