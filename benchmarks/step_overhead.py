@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.core import EngineCore
 from cabochon.engine.device_runner import DeviceRunner
 from cabochon.engine.hashing import PageHasher
@@ -66,7 +67,7 @@ def core_of(num_running: int) -> EngineCore:
     )
     runner = HostOnlyRunner(model, NoAttention(), rows, DroppingStream(), depth=2)  # type: ignore[arg-type]
     grammars: Any = None
-    core = EngineCore(scheduler, runner, rows, cache, grammars, depth=2)
+    core = EngineCore(scheduler, runner, rows, cache, grammars, Adapters(None), depth=2)
     for index in range(num_running):
         ids = np.random.default_rng(index).integers(6, VOCAB, 1000 + index % 32).tolist()
         params = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True)
@@ -74,7 +75,8 @@ def core_of(num_running: int) -> EngineCore:
     while rows.num_tokens.min() <= rows.num_prompt.max() + 4:
         core.step()
     runner.add_graphs([num_running], lambda work: lambda: None)
-    runner.graphs._graphs[num_running] = SimpleNamespace(row_ids=torch.empty(num_running))  # type: ignore
+    graph = SimpleNamespace(row_ids=torch.empty(num_running), tiles=None)
+    runner.graphs._graphs[num_running, False] = graph  # type: ignore
     return core
 
 

@@ -4,13 +4,15 @@ Both ends are the same program, so the order of KINDS is the protocol's version.
 """
 
 import struct
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from cabochon.engine.messages import (
     Abort,
+    AdapterReply,
     Failed,
+    LoadAdapter,
     Loading,
     Log,
     Publish,
@@ -18,10 +20,14 @@ from cabochon.engine.messages import (
     Start,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 
-Message = Start | Submit | Abort | Publish | Loading | Ready | Failed | Log | StepOutput
-KINDS: tuple[type[Any], ...] = (Start, Submit, Abort, Publish, Loading, Ready, Failed, Log, StepOutput)
+Message = (
+    Start | Submit | Abort | Publish | LoadAdapter | UnloadAdapter  # to the engine
+    | Loading | Ready | Failed | Log | AdapterReply | StepOutput
+)  # fmt: skip
+KINDS: tuple[type[Any], ...] = get_args(Message)
 
 _HEADER = struct.Struct("<IB")  # bytes of the body, index into KINDS
 _ENCODER = msgspec.msgpack.Encoder()

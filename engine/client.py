@@ -1,7 +1,7 @@
 """The engine in a child process, as the server sees it: requests in, one message per step back.
 
 All methods belong to one asyncio event loop. Never imports torch. A dead, hung or stopped engine ends every
-open request with EngineDead; nothing is restarted here: weights and cache are gone with the process.
+open request and question with EngineDead; nothing is restarted here: weights and cache are gone with it.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cabochon.engine import errors
 from cabochon.engine.channel import FrameReader, Message, encode
@@ -22,10 +23,13 @@ from cabochon.engine.engine import Engine
 from cabochon.engine.errors import Aborted, EngineDead, EngineError, RequestError
 from cabochon.engine.messages import (
     Abort,
+    AdapterInfo,
+    AdapterReply,
     EngineInfo,
     EngineStats,
     Failed,
     GenerateRequest,
+    LoadAdapter,
     Loading,
     Log,
     Publish,
@@ -35,6 +39,7 @@ from cabochon.engine.messages import (
     Start,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,13 @@ class _Stream(AsyncIterator[RequestOutput]):
             self._abort(self.request_id)
 
 
+class _Question(NamedTuple):
+    """About an adapter, and who waits for the engine's answer."""
+
+    message: LoadAdapter | UnloadAdapter
+    answer: asyncio.Future[AdapterInfo | None]
+
+
 class EngineClient(Engine):
     """Spawns the engine process with `start`, ends it with `shutdown`."""
 
@@ -83,6 +95,8 @@ class EngineClient(Engine):
         self._streams: dict[str, _Stream] = {}  # by id on the wire: outputs of an ended request find nobody
         self._wire_ids: dict[str, str] = {}  # of open requests
         self._num_submitted = 0
+        self._questions: dict[int, _Question] = {}  # by reply_to
+        self._num_asked = 0
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
         self._dead_reason: str | None = None
@@ -156,6 +170,17 @@ class EngineClient(Engine):
             self._end(wire_id, Aborted(f"request {request_id} was aborted"))
             self._send(Abort(request_id=wire_id))
 
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
+        """As Engine has it. A cancelled load is undone, unless it may have replaced an adapter."""
+        info = await self._ask(
+            LoadAdapter(reply_to=self._next_question(), name=name, path=path, replace=replace)
+        )
+        assert info is not None
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._ask(UnloadAdapter(reply_to=self._next_question(), name=name))
+
     def stats(self) -> EngineStats:
         return self._stats
 
@@ -174,6 +199,42 @@ class EngineClient(Engine):
     def _send(self, message: Message) -> None:
         if self._dead_reason is None and self._writer is not None:
             self._writer.write(encode(message))
+
+    def _next_question(self) -> int:
+        self._num_asked += 1
+        return self._num_asked
+
+    async def _ask(self, message: LoadAdapter | UnloadAdapter) -> AdapterInfo | None:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+        assert self._info is not None, "the engine is not ready"
+        answer: asyncio.Future[AdapterInfo | None] = asyncio.get_running_loop().create_future()
+        self._send(message)
+        self._questions[message.reply_to] = _Question(message, answer)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._undo(message)  # it was answered and cancelled at once
+            raise
+
+    def _hear(self, reply: AdapterReply) -> None:
+        self._last_message_s = time.monotonic()
+        message, answer = self._questions.pop(reply.reply_to, (None, None))
+        if answer is None:
+            return
+        if reply.refusal is not None:
+            if not answer.cancelled():
+                answer.set_exception(_refusal_error(reply.refusal))
+        elif not answer.cancelled():
+            answer.set_result(reply.info)
+        else:
+            self._undo(message)
+
+    def _undo(self, message: LoadAdapter | UnloadAdapter | None) -> None:
+        """Of a cancelled load nobody knows: its name and memory would be lost. No one awaits the answer."""
+        if isinstance(message, LoadAdapter) and not message.replace:
+            self._send(UnloadAdapter(reply_to=self._next_question(), name=message.name))
 
     async def _wait_until_ready(
         self, reader: asyncio.StreamReader, frames: FrameReader, on_progress: Progress | None
@@ -201,11 +262,15 @@ class EngineClient(Engine):
     async def _read(self, reader: asyncio.StreamReader, frames: FrameReader, messages: list[Message]) -> None:
         while True:
             for message in messages:
-                if isinstance(message, Log):
-                    _log(message)
-                else:
-                    assert isinstance(message, StepOutput)
-                    self._deliver(message)
+                match message:
+                    case Log():
+                        _log(message)
+                    case AdapterReply():
+                        self._hear(message)
+                    case StepOutput():
+                        self._deliver(message)
+                    case _:
+                        raise AssertionError(f"unexpected {type(message).__name__}")
             data = await _read_some(reader)
             if not data:
                 code = await asyncio.to_thread(_reap, self._process)
@@ -258,6 +323,10 @@ class EngineClient(Engine):
             logger.error("engine dead open_requests=%d reason=%s", len(self._streams), reason)
         for wire_id in list(self._streams):
             self._end(wire_id, EngineDead(reason))
+        for question in self._questions.values():
+            if not question.answer.done():
+                question.answer.set_exception(EngineDead(reason))
+        self._questions.clear()
         if self._writer is not None:
             self._writer.close()
         if self._process is not None and not is_expected:

@@ -9,10 +9,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError
+from cabochon.engine.adapters.registry import Adapters
+from cabochon.engine.adapters.slots import LoadedAdapter
+from cabochon.engine.errors import BadGrammar, ComputeError, EngineError, RequestError, UnknownAdapter
 from cabochon.engine.grammars import Grammars, Matcher, State
 from cabochon.engine.kv_cache import KVCache
-from cabochon.engine.messages import EngineStats, GenerateRequest, Refusal, RequestOutput, TokenLogprobs
+from cabochon.engine.messages import (
+    EngineStats,
+    GenerateRequest,
+    LoadAdapter,
+    Refusal,
+    RequestOutput,
+    TokenLogprobs,
+    UnloadAdapter,
+)
 from cabochon.engine.plan import Plan, StepResult
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import StepRunner
@@ -37,13 +47,15 @@ class EngineCore:
         rows: Rows,
         cache: KVCache,
         grammars: Grammars,
+        adapters: Adapters,
         *,
         depth: int = 1,
     ) -> None:
         """depth: steps on the device at once, 1 or 2."""
         self.scheduler = scheduler
+        self.adapters = adapters
         self._grammars = grammars
-        self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # until when, too
+        self._compiling: dict[str, _Compiling] = {}
         self._matchers: dict[str, Matcher] = {}  # by request id, of all requests that have one
         self._cache = cache
         self._runner = runner
@@ -57,19 +69,20 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._compiling)
+        return self.scheduler.has_work or bool(self._compiling) or self.adapters.is_busy
 
     def add(self, request: GenerateRequest) -> None:
         """Accept a request. Raises RequestError, and then nothing has changed.
 
         A grammar is compiled aside, and refused by a later step if it must be.
         """
-        grammar = request.params.grammar
+        grammar, adapter = request.params.grammar, self.adapters.get(request.adapter)
         if grammar is None:
-            self.scheduler.add(request)
+            self.scheduler.add(request, adapter=adapter)
         else:
             self.scheduler.check_new(request)
-            self._compiling[request.request_id] = (request, time.monotonic() + COMPILE_WAIT_S)
+            until_s = time.monotonic() + COMPILE_WAIT_S
+            self._compiling[request.request_id] = _Compiling(request, adapter, until_s)
             self._matchers[request.request_id] = self._grammars.open(request.request_id, grammar)
 
     def abort(self, request_id: str) -> None:
@@ -81,9 +94,27 @@ class EngineCore:
     def publish(self, request_id: str) -> None:
         """Let other requests share the pages of a private one. Unknown ids are ignored."""
         if request_id in self._compiling:
-            request, until_s = self._compiling[request_id]
-            self._compiling[request_id] = (dataclasses.replace(request, is_private=False), until_s)
+            one = self._compiling[request_id]
+            public = dataclasses.replace(one.request, is_private=False)
+            self._compiling[request_id] = one._replace(request=public)
         self.scheduler.publish(request_id)
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        """Answered among the replies of a later step."""
+        self.adapters.start_load(message)
+
+    def unload_adapter(self, message: UnloadAdapter) -> None:
+        """Answered at once, among the replies."""
+        try:
+            self.drop_adapter(message.name)
+        except UnknownAdapter as error:
+            self.adapters.refuse(message.reply_to, error)
+        else:
+            self.adapters.reply(message.reply_to)
+
+    def drop_adapter(self, name: str) -> None:
+        """No new request can name it; those that have keep it until they end. Raises UnknownAdapter."""
+        self.scheduler.slots.forget(self.adapters.remove(name))
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
         """One step: new tokens of every request in it, and the requests it had to give up.
@@ -91,11 +122,15 @@ class EngineCore:
         With a depth of 2 a step is launched before the tokens of the one before are known, and runs while
         the host is busy with those. A grammar's mask needs the token before it: then the depth is 1.
         """
+        for replaced in self.adapters.finish_loads():
+            self.scheduler.slots.forget(replaced)
         outputs, refusals = self._hear_grammars() if self._matchers else ([], [])
         depth = 1 if self._matchers else self._depth
         while len(self._flying) >= depth:
             self._land(outputs, refusals)
         plan = self.scheduler.schedule()
+        for slot, adapter in self.scheduler.slots.take_changes():
+            self._runner.put_adapter(slot, None if adapter is None else adapter.weights)
         if plan is not None:
             self._launch(plan, is_ahead=depth > 1)
         elif not self._flying:
@@ -202,14 +237,14 @@ class EngineCore:
             completed.append(self.scheduler.complete(matcher.request_id))
             self._forget_matcher(matcher.request_id)
         refusals = []
-        for request_id, (request, until_s) in list(self._compiling.items()):
+        for request_id, one in list(self._compiling.items()):
             matcher = self._matchers[request_id]
-            is_over = time.monotonic() > until_s
+            is_over = time.monotonic() > one.until_s
             if matcher.state is State.COMPILING and not is_over:
                 continue
             del self._compiling[request_id]
             try:
-                self.scheduler.add(request, _compiled(matcher))
+                self.scheduler.add(one.request, _compiled(matcher), one.adapter)
             except RequestError as error:
                 self._forget_matcher(request_id)
                 refusals.append(Refusal.of(request_id, error))
@@ -259,6 +294,14 @@ class EngineCore:
         rate = prefill_tokens / step_s
         old = self._prefill_tokens_per_s
         self._prefill_tokens_per_s = old + RATE_SMOOTHING * (rate - old) if old else rate
+
+
+class _Compiling(NamedTuple):
+    """A request whose grammar is compiled, its adapter, and how long it waits for that."""
+
+    request: GenerateRequest
+    adapter: LoadedAdapter | None
+    until_s: float
 
 
 class _Flying(NamedTuple):

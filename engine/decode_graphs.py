@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs: one launch instead of hundreds, for a few numbers of rows.
 
 A graph computes `size` rows; those it has too many are padding with row id −1. All sizes share their memory.
+Where there are adapters, each size has a second graph that adds them.
 """
 
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cabochon.engine.adapters.triton_deltas import TritonAdapterWeights
 from cabochon.engine.attention import Attention
 from cabochon.engine.device_rows import DeviceRows
 from cabochon.engine.device_sampler import DeviceSampler
@@ -58,6 +60,7 @@ class Graph:
 
     row_ids: Tensor  # [size] int32
     tokens: Tensor  # [size] int32
+    tiles: Tensor | None  # [n, 3] int32, of their adapters, if it adds any
     inputs: DecodeInputs
     replay: Replay
 
@@ -74,19 +77,23 @@ class DecodeGraphs:
         *,
         sizes: list[int],
         capture: Capture,
+        adapters: TritonAdapterWeights | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._rows = rows
         self._sampler = sampler
         self._capture = capture
-        self._missing = sorted(sizes)
-        self._graphs: dict[int, Graph] = {}
+        self._adapters = adapters
+        kinds = [False] if adapters is None else [True, False]  # with adapters or without, which come first
+        self._missing = [(size, kind) for kind in kinds for size in sorted(sizes)]
+        self._graphs: dict[tuple[int, bool], Graph] = {}
 
-    def find(self, num_rows: int) -> Graph | None:
+    def find(self, num_rows: int, *, has_adapters: bool) -> Graph | None:
         """The smallest captured step that holds num_rows."""
-        size = min((size for size in self._graphs if size >= num_rows), default=None)
-        return None if size is None else self._graphs[size]
+        sizes = (size for size, kind in self._graphs if size >= num_rows and kind == has_adapters)
+        size = min(sizes, default=None)
+        return None if size is None else self._graphs[size, has_adapters]
 
     @property
     def num_missing(self) -> int:
@@ -96,9 +103,9 @@ class DecodeGraphs:
         """Capture the largest that is missing, if any. Only while no step runs."""
         if not self._missing:
             return
-        size = self._missing.pop()
+        size, has_adapters = self._missing.pop()
         try:
-            self._graphs[size] = self._captured(size)
+            self._graphs[size, has_adapters] = self._captured(size, has_adapters)
         except RuntimeError as error:  # no memory, in torch or in the driver: such steps stay eager
             logger.warning(
                 "decode graphs=%d missing=%d reason=%s",
@@ -108,25 +115,33 @@ class DecodeGraphs:
             )
             self._missing.clear()
         if not self._missing:
-            logger.info("decode graphs=%d largest=%d", len(self._graphs), max(self._graphs, default=0))
+            largest = max((size for size, _ in self._graphs), default=0)
+            logger.info("decode graphs=%d largest=%d", len(self._graphs), largest)
 
     @torch.inference_mode()
-    def _captured(self, size: int) -> Graph:
+    def _captured(self, size: int, has_adapters: bool) -> Graph:
         rows, device = self._rows, self._rows.num_tokens.device
         row_ids = torch.full((size,), -1, dtype=torch.int32, device=device)  # padding: changes no row
         tokens = torch.empty_like(row_ids)
         num_groups, _, width = rows.page_tables.shape
         buffers = decode_inputs(size, num_groups, width, device)
         inputs = _static_inputs(buffers)
+        tiles = deltas = None
+        if has_adapters:
+            assert self._adapters is not None
+            tiles = torch.full(
+                (self._adapters.max_decode_tiles(size), 3), -1, dtype=torch.int32, device=device
+            )
+            deltas = self._adapters.of_tiles(tiles)
 
         def work() -> None:
             prepare_decodes(
                 row_ids, rows.token_ids, rows.num_tokens, rows.page_tables, rows.page_tokens, out=buffers
             )
-            hidden = self._model.hidden(buffers.token_ids, inputs, self._attention)
+            hidden = self._model.hidden(buffers.token_ids, inputs, self._attention, deltas)
             tokens.copy_(self._sampler.choose(hidden, row_ids))
 
-        return Graph(row_ids, tokens, buffers, self._capture(work))
+        return Graph(row_ids, tokens, tiles, buffers, self._capture(work))
 
 
 def _static_inputs(buffers: DecodeInputs) -> TritonInputs:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.adapters.adapter import Adapter
+from cabochon.engine.adapters.triton_deltas import TritonAdapterWeights
 from cabochon.engine.attention import Attention
 from cabochon.engine.decode_graphs import Capture, DecodeGraphs, Graph
 from cabochon.engine.device_rows import DeviceRows
@@ -25,7 +27,7 @@ from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.packet import Packet, PacketRing
 from cabochon.engine.plan import Plan, PromptLogprobs, StepResult
 from cabochon.engine.request import Request
-from cabochon.engine.rows import Rows
+from cabochon.engine.rows import NO_ADAPTER, Rows
 from cabochon.engine.runner import StepRunner
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.engine.streams import Stream
@@ -63,11 +65,13 @@ class DeviceRunner(StepRunner):
         stream: Stream,
         *,
         depth: int,
+        adapters: TritonAdapterWeights | None = None,
     ) -> None:
         """depth: steps on the stream at once, at most."""
         device = model.embedding.device
         self._model = model
         self._attention = attention
+        self._adapters = adapters
         self._stream = stream
         self._rows = DeviceRows(rows, model.config.vocab_size, device)
         self._packets = PacketRing(stream, device, depth + 1)  # one with a grammar takes two
@@ -79,8 +83,9 @@ class DeviceRunner(StepRunner):
     def add_graphs(self, sizes: list[int], capture: Capture) -> None:
         """Pure decodes of up to max(sizes) rows become graphs, captured one by one by get_ready."""
         self.graphs = DecodeGraphs(
-            self._model, self._attention, self._rows, self._sampler, sizes=sizes, capture=capture
-        )
+            self._model, self._attention, self._rows, self._sampler, sizes=sizes, capture=capture,
+            adapters=self._adapters,
+        )  # fmt: skip
 
     def admit(self, request: Request) -> None:
         assert request.row is not None
@@ -94,6 +99,12 @@ class DeviceRunner(StepRunner):
         self._wants[request.row] = sum(flag for flag, is_wanted in wants.items() if is_wanted)
         num_prompt = len(request.message.prompt_ids)
         self._rows.stage_row(request.row, request.token_ids, num_prompt, row_sampling(request))
+
+    @torch.inference_mode()
+    def put_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        weights = self._adapters
+        assert weights is not None
+        self._stream.run(lambda: weights.put(slot, adapter))  # behind the steps that use the slot still
 
     @property
     def num_unprepared(self) -> int:
@@ -119,9 +130,11 @@ class DeviceRunner(StepRunner):
             return self._result_of(step, self._launch_masked(step, rows))
         is_plain = plan.num_decodes == len(plan.rows) and not step.ranked and not step.parts
         if is_plain and self.graphs is not None:
-            graph = self.graphs.find(len(plan.rows))
+            slots = rows.adapter_slots[plan.rows]
+            has_adapters = bool((slots != NO_ADAPTER).any())
+            graph = self.graphs.find(len(plan.rows), has_adapters=has_adapters)
             if graph is not None:
-                return self._result_of(step, self._replay(step, graph))
+                return self._result_of(step, self._replay(step, graph, slots))
         return self._result_of(step, self._launch_eager(step, rows))
 
     @torch.inference_mode()
@@ -182,15 +195,21 @@ class DeviceRunner(StepRunner):
 
         return self._stream.run(work)
 
-    def _replay(self, step: _Step, graph: Graph) -> Callable[[], None]:
+    def _replay(self, step: _Step, graph: Graph, slots: NDArray[np.int32]) -> Callable[[], None]:
         num_rows, size = len(step.plan.rows), len(graph.row_ids)
         packet = self._packets.open()
         padded = np.pad(step.plan.rows, (0, size - num_rows), constant_values=-1)
-        row_ids, send = packet.put(padded), self._sender(packet)
+        row_ids, tiles = packet.put(padded), None
+        if graph.tiles is not None:
+            assert self._adapters is not None
+            tiles = packet.put(self._adapters.decode_tiles(slots, len(graph.tiles)))
+        send = self._sender(packet)
 
         def work() -> None:
             send()
             graph.row_ids.copy_(row_ids)
+            if graph.tiles is not None and tiles is not None:
+                graph.tiles.copy_(tiles)
             graph.replay()
             step.tokens = self._stream.to_host(graph.tokens[:num_rows])
 
@@ -212,11 +231,15 @@ class DeviceRunner(StepRunner):
         inputs = self._attention.prepare(plan, rows, packet.put)
         row_of_token = packet.put(np.repeat(plan.rows, plan.lens).astype(np.int64))
         padding = -plan.num_tokens % ROW_MULTIPLE
+        deltas = None
+        if self._adapters is not None:
+            slots = rows.adapter_slots[plan.rows]
+            deltas = self._adapters.step(slots, plan.lens, plan.num_tokens + padding, packet.put)
 
         def forward() -> Tensor:
             token_ids = self._rows.token_ids[row_of_token, inputs.positions].long()  # [T]
             padded = torch.nn.functional.pad(token_ids, (0, padding))
-            return self._model.hidden(padded, inputs, self._attention)
+            return self._model.hidden(padded, inputs, self._attention, deltas)
 
         return forward
 

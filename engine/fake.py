@@ -1,6 +1,7 @@
 """An engine without a model: output token i is prompt_ids[i % len(prompt_ids)]. For tests of the server.
 
-It paces its tokens, breaks and refuses on demand, and otherwise keeps the contract of engine.py.
+It paces its tokens, breaks and refuses on demand, and otherwise keeps the contract of engine.py. To it an
+adapter is any path without the word "bad".
 """
 
 import asyncio
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from cabochon.engine.admission import check_request
 from cabochon.engine.engine import Engine
-from cabochon.engine.errors import Aborted, EngineDead, EngineError
+from cabochon.engine.errors import Aborted, BadAdapter, EngineDead, EngineError, UnknownAdapter
 from cabochon.engine.messages import (
+    AdapterInfo,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -58,6 +60,7 @@ class FakeFaults:
     refuses: EngineError | None = None  # every request ends with it
     fails_after_tokens: dict[int, EngineError] = field(default_factory=dict)  # by tokens of one request
     is_paused: bool = False  # no step happens
+    load_s: float = 0.0  # of an adapter
 
 
 class FakeEngine(Engine):
@@ -70,6 +73,7 @@ class FakeEngine(Engine):
         self.aborted: list[str] = []
         self.published: list[str] = []
         self.seen: list[GenerateRequest] = []
+        self.adapters = {adapter.name: adapter for adapter in info.adapters}
         self.snapshot = EngineStats(pages_total=info.num_pages)
         self._dead_reason: str | None = None
         self._changed = asyncio.Event()  # wakes streams that sleep between tokens
@@ -84,7 +88,8 @@ class FakeEngine(Engine):
         self.seen.append(request)
         if self._dead_reason is None:
             self.open[request.request_id] = request
-        return self._stream(request)
+        is_known = request.adapter is None or request.adapter in self.adapters
+        return self._stream(request, is_known=is_known)
 
     def publish(self, request_id: str) -> None:
         self.published.append(request_id)
@@ -93,6 +98,21 @@ class FakeEngine(Engine):
         if self.open.pop(request_id, None) is not None:
             self.aborted.append(request_id)
             self._wake()
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
+        await asyncio.sleep(self.faults.load_s)
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+        if self._info.max_loras == 0 or "bad" in path or (name in self.adapters and not replace):
+            raise BadAdapter("an adapter must be readable and new, this one is not: choose another")
+        self.adapters[name] = AdapterInfo(name=name, path=path, rank=8, num_bytes=4096, base_model=None)
+        return self.adapters[name]
+
+    async def unload_adapter(self, name: str) -> None:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+        if self.adapters.pop(name, None) is None:
+            raise _unknown_adapter(name)
 
     def stats(self) -> EngineStats:
         return replace(self.snapshot, running=len(self.open))
@@ -116,9 +136,11 @@ class FakeEngine(Engine):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _stream(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+    async def _stream(self, request: GenerateRequest, *, is_known: bool) -> AsyncIterator[RequestOutput]:
         try:
             max_tokens = self._check(request)
+            if not is_known:
+                raise _unknown_adapter(str(request.adapter))
             scheduled_s = time.monotonic()
             first_token_s = 0.0
             made = 0
@@ -203,3 +225,7 @@ class FakeEngine(Engine):
         limit = self.faults.dies_after_tokens
         if limit is not None and self._num_generated >= limit:
             self.die()
+
+
+def _unknown_adapter(name: str) -> UnknownAdapter:
+    return UnknownAdapter(f"adapter must be loaded, {name} is not: load it", "model")

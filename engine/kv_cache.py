@@ -44,8 +44,8 @@ class KVCache:
             return []
         names = request.page_hashes
         if not names:
-            message = request.message
-            names.append(self._hasher.root(message.adapter, message.cache_salt))
+            adapter = None if request.adapter is None else request.adapter.key
+            names.append(self._hasher.root(adapter, request.message.cache_salt))
         known = len(names) - 1  # names[0] is the root
         if known < num_pages:
             tokens = self._known_tokens(request)  # [num_tokens]

@@ -16,7 +16,7 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.detokenizer import Detokenizer, TokenBytes
 from cabochon.engine.errors import ComputeError
 from cabochon.engine.load import load_engine
-from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput, TokenLogprobs
+from cabochon.engine.messages import AdapterInfo, FinishReason, GenerateRequest, RequestOutput, TokenLogprobs
 from cabochon.engine.models.source import locate
 from cabochon.engine.sampling_params import SamplingParams
 
@@ -54,19 +54,24 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stop: Sequence[str] = (),
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Continue every prompt (text, or token ids). One SamplingParams for all or one each; default greedy.
 
-        Raises RequestError if a prompt or its parameters are refused: then nothing is generated. ComputeError
+        adapter: the name of a loaded one, None for the base model; for all, or one each. Raises RequestError
+        if a prompt or its parameters are refused: then nothing is generated. ComputeError
         if the model gives NaN.
         """
         each = self._params(params, len(prompts))
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
         open_ones: dict[str, tuple[Completion, Detokenizer]] = {}
-        for prompt, one in zip(prompts, each, strict=True):
+        for prompt, one, name in zip(prompts, each, adapters, strict=True):
             ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
             request_id = str(next(self._ids))
             try:
-                self.core.add(GenerateRequest(request_id=request_id, prompt_ids=ids, params=one))
+                self.core.add(
+                    GenerateRequest(request_id=request_id, prompt_ids=ids, params=one, adapter=name)
+                )
             except Exception:
                 self._abort(open_ones)
                 raise
@@ -74,6 +79,14 @@ class LLM:
         completions = [completion for completion, _ in open_ones.values()]
         self._run(open_ones)
         return completions
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Read a PEFT directory; `generate` may then name it. Raises BadAdapter."""
+        return self.core.adapters.load(name, str(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises UnknownAdapter."""
+        self.core.drop_adapter(name)
 
     def _run(self, open_ones: dict[str, tuple[Completion, Detokenizer]]) -> None:
         try:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
+from cabochon.engine.adapters.deltas import AdapterWeights, TorchAdapterWeights
 from cabochon.engine.adapters.merge import open_weights
+from cabochon.engine.adapters.peft_format import read_adapter
+from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.attention import Backend, make_attention
-from cabochon.engine.config import EngineConfig
+from cabochon.engine.config import EngineConfig, split_module
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.flash_probe import check_flash, settle_page_tokens
@@ -24,6 +27,7 @@ from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
+from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.messages import EngineInfo
 from cabochon.engine.models.checkpoint import Weights
 from cabochon.engine.models.config import ModelConfig
@@ -83,11 +87,14 @@ def load_engine(
     if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
+    read = partial(read_adapter, model=model_config, dtype=dtype, max_rank=config.max_lora_rank)
+    adapters = Adapters(read if config.takes_adapters else None)
+    adapter_infos = [adapters.load(*split_module("lora_modules", one)) for one in config.lora_modules]
     grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
     weights = checkpoint or open_weights(config, model_dir, model_config)
     make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
     model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
-    builder = _CoreBuilder(config, model, layout, device, kv_dtype, backend, grammars)
+    builder = _CoreBuilder(config, model, layout, device, dtype, kv_dtype, backend, grammars, adapters)
     if is_measured:
         num_pages = builder.measured_pages(max_len)
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
@@ -109,6 +116,8 @@ def load_engine(
         kv_bytes=pages.num_bytes,
         weight_bytes=model.num_bytes,
         quantization=config.quantization,
+        max_loras=config.max_loras if config.takes_adapters else 0,
+        adapters=adapter_infos,
         load_s=time.monotonic() - started_s,
     )
     _log_ready(info)
@@ -200,9 +209,11 @@ class _CoreBuilder:
     model: Gemma
     layout: KVLayout
     device: torch.device
+    dtype: torch.dtype
     kv_dtype: torch.dtype
     backend: Backend
     grammars: Grammars
+    adapters: Adapters
 
     def build(self, num_pages: int, max_model_len: int) -> tuple[EngineCore, KVPages]:
         """An idle core with that many pages."""
@@ -223,10 +234,12 @@ class _CoreBuilder:
             eos_token_ids=model.config.eos_token_ids,
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
+            max_loras=config.max_loras if config.takes_adapters else 0,
         )
         depth = config.step_depth if self.has_device_rows else 1
         runner = self._runner(rows, pages)
-        return EngineCore(scheduler, runner, rows, cache, self.grammars, depth=depth), pages
+        core = EngineCore(scheduler, runner, rows, cache, self.grammars, self.adapters, depth=depth)
+        return core, pages
 
     @property
     def has_device_rows(self) -> bool:
@@ -238,16 +251,29 @@ class _CoreBuilder:
         attention = make_attention(self.backend, model.config, pages)
         if not self.has_device_rows:
             sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
-            return Runner(model, attention, sampler)
+            return Runner(model, attention, sampler, self._torch_adapters())
         # triton is optional: a CPU has no use for it
+        from cabochon.engine.adapters.triton_deltas import TritonAdapterWeights
         from cabochon.engine.decode_graphs import capture_cuda, graph_sizes
         from cabochon.engine.device_runner import DeviceRunner
 
-        config = self.config
-        runner = DeviceRunner(model, attention, rows, stream_for(self.device), depth=config.step_depth)
+        config, adapters = self.config, None
+        if config.takes_adapters:
+            max_rows = max(config.step_tokens + ROW_MULTIPLE, graph_sizes(config.max_seqs)[-1])
+            adapters = TritonAdapterWeights(
+                model.config, config.max_loras, config.max_lora_rank, max_rows, self.dtype, self.device
+            )
+        runner = DeviceRunner(
+            model, attention, rows, stream_for(self.device), depth=config.step_depth, adapters=adapters
+        )
         if config.cuda_graphs and self.device.type == "cuda" and model.is_graph_safe:
             runner.add_graphs(graph_sizes(config.max_seqs), capture_cuda())
         return runner
+
+    def _torch_adapters(self) -> AdapterWeights | None:
+        if not self.config.takes_adapters:
+            return None
+        return TorchAdapterWeights(self.model.config, self.config.max_loras, self.dtype, self.device)
 
     def measured_pages(self, max_model_len: int) -> int:
         """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""

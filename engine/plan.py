@@ -13,7 +13,9 @@ from cabochon.engine.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """S rows, decodes first. Sequence i computes positions starts[i] .. starts[i] + lens[i] (half-open).
+    """S rows, decodes first; of them, as of the rest, those of one adapter stand together.
+
+    Sequence i computes positions starts[i] .. starts[i] + lens[i] (half-open).
 
     rows:        [S] int32, indices into Rows
     starts:      [S] int32, num_computed when the step begins
@@ -40,7 +42,8 @@ class Plan:
         starts = rows.num_computed[row_ids]
         samples = starts + lens == rows.num_tokens[row_ids]
         is_decode = samples & (lens == 1)
-        order = np.argsort(~is_decode, kind="stable")
+        slots = rows.adapter_slots[row_ids]
+        order = np.lexsort((slots, ~is_decode))  # stable
         return cls(row_ids[order], starts[order], lens[order], samples[order], int(is_decode.sum()))
 
     def without(self, row_ids: Collection[int]) -> Self:

@@ -23,6 +23,7 @@ from cabochon.engine.load import load_engine
 from cabochon.engine.messages import (
     Abort,
     Failed,
+    LoadAdapter,
     Loading,
     Log,
     Publish,
@@ -31,6 +32,7 @@ from cabochon.engine.messages import (
     Start,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ def _run(core: EngineCore, inbox: Inbox, sock: socket.socket) -> None:
         refusals = [refusal for message in messages if (refusal := _handle(core, message))]
         outputs, failed = core.step()
         sock.sendall(encode(StepOutput(outputs=outputs, refusals=refusals + failed, stats=core.stats())))
+        for reply in core.adapters.take_replies():
+            sock.sendall(encode(reply))
 
 
 def _handle(core: EngineCore, message: Message) -> Refusal | None:
@@ -99,6 +103,10 @@ def _handle(core: EngineCore, message: Message) -> Refusal | None:
             core.abort(request_id)
         case Publish(request_id=request_id):
             core.publish(request_id)
+        case LoadAdapter():
+            core.load_adapter(message)
+        case UnloadAdapter():
+            core.unload_adapter(message)
         case _:
             raise AssertionError(f"unexpected {type(message).__name__}")
     return None

@@ -1,10 +1,11 @@
 """One request inside the engine: what was asked, and how far it is."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self
 
+from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.grammars import Matcher
-from cabochon.engine.messages import GenerateRequest, RequestOutput, TokenLogprobs
+from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +29,7 @@ class Request:
     num_registered: int = 0  # pages that are named in the pool
     is_published: bool = True
     matcher: Matcher | None = None  # if a grammar binds the output
+    adapter: LoadedAdapter | None = None  # None: the base model
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its second token on
 
     @classmethod
@@ -38,6 +40,7 @@ class Request:
         max_tokens: int,
         eos_ids: frozenset[int],
         matcher: Matcher | None,
+        adapter: LoadedAdapter | None,
     ) -> Self:
         """As it waits for the first time."""
         params = message.params
@@ -49,6 +52,7 @@ class Request:
             token_ids=list(message.prompt_ids),
             is_published=not message.is_private,
             matcher=matcher,
+            adapter=adapter,
         )
 
     @property
@@ -65,10 +69,16 @@ class Request:
         """Smaller is served first and preempted last."""
         return (self.message.priority, self.arrival_idx)
 
+    def ends_with(self, token_id: int) -> FinishReason | None:
+        """Why its newest token is its last, if it is; before min_tokens a stop token is a token."""
+        if token_id in self.stop_ids and self.num_output > self.message.params.min_tokens:
+            return "stop"
+        return "length" if self.num_output >= self.max_tokens else None
+
     def output(
         self,
         token_ids: list[int],
-        finish_reason: Literal["stop", "length"] | None = None,
+        finish_reason: FinishReason | None = None,
         stop_token_id: int | None = None,
     ) -> RequestOutput:
         """Its message of a step."""

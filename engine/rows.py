@@ -7,6 +7,7 @@ runner reads. Knows nothing of pages' contents nor of devices.
 import numpy as np
 from numpy.typing import NDArray
 
+NO_ADAPTER = -1  # the slot of requests to the base model
 NULL_PAGE = 0  # never allocated nor written, all zero: what nobody sees is read from there
 
 
@@ -18,6 +19,7 @@ class Rows:
     num_pending:  [max_seqs] int32, how many of them only the device knows: the last ones
     num_computed: [max_seqs] int32, tokens whose K and V are in pages
     num_prompt:   [max_seqs] int32
+    adapter_slots: [max_seqs] int32, −1 for the base model
     page_tables:  [num_groups, max_seqs, M] int32, NULL_PAGE where nothing is held
     """
 
@@ -30,6 +32,7 @@ class Rows:
         self.num_pending: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.num_computed: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.num_prompt: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
+        self.adapter_slots: NDArray[np.int32] = np.full(max_seqs, NO_ADAPTER, np.int32)
         self.page_tables: NDArray[np.int32] = np.full((num_groups, max_seqs, max_pages), NULL_PAGE, np.int32)
         self._free = list(range(max_seqs - 1, -1, -1))
 
@@ -56,4 +59,5 @@ class Rows:
         assert not self.page_tables[:, row].any(), "a row goes back with pages"
         for counts in (self.num_tokens, self.num_pending, self.num_computed, self.num_prompt):
             counts[row] = 0
+        self.adapter_slots[row] = NO_ADAPTER
         self._free.append(row)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cabochon.engine.adapters.adapter import Adapter
+from cabochon.engine.adapters.deltas import AdapterWeights
 from cabochon.engine.attention import Attention, positions_of
 from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.logprobs import ExactLogits, prompt_parts, token_logprobs
@@ -34,6 +36,10 @@ class StepRunner(ABC):
     @abstractmethod
     def admit(self, request: Request) -> None:
         """A request has got its row."""
+
+    @abstractmethod
+    def put_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Fill a slot, or empty it, for the steps that are launched from now on."""
 
     @abstractmethod
     def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
@@ -59,13 +65,25 @@ class StepRunner(ABC):
 class Runner(StepRunner):
     """Synchronous: `launch` returns when the tokens are known. For the CPU, where nothing else could run."""
 
-    def __init__(self, model: Gemma, attention: Attention[Any], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: Gemma,
+        attention: Attention[Any],
+        sampler: Sampler,
+        adapters: AdapterWeights | None = None,
+    ) -> None:
         self._model = model
         self._attention = attention
+        self._adapters = adapters
         self.sampler = sampler
 
     def admit(self, request: Request) -> None:
         self.sampler.set_row(request)
+
+    @torch.inference_mode()
+    def put_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        assert self._adapters is not None
+        self._adapters.put(slot, adapter)
 
     def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
         result = self.run(plan, rows)
@@ -116,7 +134,10 @@ class Runner(StepRunner):
         token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions_of(plan)].astype(np.int64)
         padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
         moved = torch.from_numpy(padded).to(inputs.positions.device)
-        return self._model.hidden(moved, inputs, self._attention)
+        deltas = None
+        if self._adapters is not None:
+            deltas = self._adapters.step(rows.adapter_slots[plan.rows], plan.lens, len(padded))
+        return self._model.hidden(moved, inputs, self._attention, deltas)
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan, rows: Rows) -> dict[int, PromptLogprobs]:
         """In pieces of rows: [T, V] is never whole."""

@@ -16,6 +16,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
+from cabochon.engine.adapters.slots import AdapterSlots, LoadedAdapter
 from cabochon.engine.admission import check_request
 from cabochon.engine.awaited_pages import AwaitedPages
 from cabochon.engine.errors import RequestError
@@ -45,6 +46,7 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         max_model_len: int,
         vocab_size: int,
+        max_loras: int = 0,
     ) -> None:
         self._rows = rows
         self._cache = cache
@@ -55,12 +57,13 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
+        self.slots = AdapterSlots(max_loras, self._waiting.adapters)
         self._running: list[Request] = []  # by rank
         self._by_row: dict[int, Request] = {}
         self._admitted: list[Request] = []
         self._work: dict[int, int] = {}  # row -> tokens of the step being planned
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
-        self._awaited = AwaitedPages()
+        self._awaited = AwaitedPages(cache)
         self._flights = Flights()
         self._dropped_rows: set[int] = set()  # aborted or late since schedule(): their results do not count
         self._last_lens = np.zeros(rows.max_seqs, np.int32)  # tokens of a row when it can have no more
@@ -84,10 +87,12 @@ class Scheduler:
             )
         return check_request(message, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
 
-    def add(self, message: GenerateRequest, matcher: Matcher | None = None) -> Request:
+    def add(
+        self, message: GenerateRequest, matcher: Matcher | None = None, adapter: LoadedAdapter | None = None
+    ) -> Request:
         """Accept a request. Raises RequestError, and then nothing has changed."""
         max_tokens = self.check_new(message)
-        request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher)
+        request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher, adapter)
         self._num_arrivals += 1
         self._requests[message.request_id] = request
         self._waiting.add(request)
@@ -191,8 +196,7 @@ class Scheduler:
             if request.num_output == 1:
                 request.first_token_s = now
                 self._counts["prompt_tokens"] += len(request.message.prompt_ids)
-            is_last = token_id in request.stop_ids or request.num_output >= request.max_tokens
-            if is_last:
+            if token_id in request.stop_ids or request.num_output >= request.max_tokens:
                 outputs.append(self._last_output(request, token_id))
             else:  # without a call: this is most of a step's overhead
                 outputs.append(
@@ -218,6 +222,8 @@ class Scheduler:
             pages_total=pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
+            resident_adapters=self.slots.resident,
+            waiting_adapters=self.slots.awaited,
             **self._counts,
         )
 
@@ -230,6 +236,7 @@ class Scheduler:
         assert sorted(self._running, key=_rank) == self._running
         assert sorted(self._waiting, key=_rank) == list(self._waiting)
         self._awaited.check()
+        self.slots.check(self._rows.adapter_slots[list(self._by_row)].tolist())
         self._waiting.check()
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
         self._cache.check(self._by_row)
@@ -298,28 +305,25 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request a row and its prefix hit, if its known tokens will find pages."""
-        if not self._may_admit():
+        if not (self._may_admit() and self.slots.may_enter(request.adapter, request.message.priority)):
             return False
-        # Log probabilities of a prompt need its hidden rows, which no cache holds
-        wants_all = request.message.params.prompt_logprobs is not None
-        hit = 0 if wants_all else self._cache.lookup(request)
-        names = self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
-        if not wants_all and hit < len(names) and self._awaited.is_coming(names[hit], hit, request):
-            return False  # share it when it is there
+        hit = self._awaited.hit(request)
+        if hit is None:
+            return False  # share more when it is there
         cost = self._cache.admission_cost(request, hit, self._max_chunk) + sum(self._promised.values())
         pool = self._cache.pool
         if self._running and cost + int(WATERMARK * pool.num_pages) > pool.num_free:
             self._can_admit = False  # nobody overtakes it, or many small ones could keep it out for ever
             return False
         self._enter(request, hit)
-        if request.is_published:
-            self._awaited.expect(names[hit:], request)
+        self._awaited.expect(request, hit)
         return True
 
     def _enter(self, request: Request, hit_pages: int) -> None:
         num_prompt = len(request.message.prompt_ids)
         self._waiting.remove(request)
         row = self._rows.take(request.token_ids, num_prompt)
+        self._rows.adapter_slots[row] = self.slots.take(request.adapter, request.message.priority)
         self._cache.attach(request, row, hit_pages)
         request.row = row
         self._last_lens[row] = num_prompt + request.max_tokens
@@ -359,6 +363,7 @@ class Scheduler:
         self._flights.drop(request.row)
         self._dropped_rows.add(request.row)
         self._cache.free(request.row)
+        self.slots.release(int(self._rows.adapter_slots[request.row]))
         self._rows.give_back(request.row)
         del self._by_row[request.row]
         self._promised.pop(request.row, None)
@@ -383,17 +388,12 @@ class Scheduler:
             self._cache.commit(self._by_row[row], row)
 
     def _last_output(self, request: Request, token_id: int) -> RequestOutput:
-        """What a stop token or the end of its tokens gives; before min_tokens a stop token is a token."""
-        is_stop_token = (
-            token_id in request.stop_ids and request.num_output > request.message.params.min_tokens
-        )
-        is_last = is_stop_token or request.num_output >= request.max_tokens
-        if is_last:
+        """What a stop token or the end of its tokens gives."""
+        reason = request.ends_with(token_id)
+        if reason is not None:
             del self._requests[request.request_id]
             self._leave(request)
-        if is_stop_token:
-            return request.output([token_id], "stop", token_id)
-        return request.output([token_id], "length" if is_last else None)
+        return request.output([token_id], reason, token_id if reason == "stop" else None)
 
 
 def _rank(request: Request) -> tuple[int, int]:

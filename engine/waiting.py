@@ -5,9 +5,11 @@ a thousand costs a step nothing. Knows nothing of rows or pages.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.request import Request
 
 Key = TypeVar("Key", int, tuple[int, int])
@@ -19,6 +21,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self.num_tokens = 0  # known tokens of all of them
+        self.adapters: Counter[LoadedAdapter] = Counter()  # requests of each, if there are any
         self._by_arrival: Order = {}
         self._by_length: Order = {}
 
@@ -48,12 +51,18 @@ class WaitingQueue:
         insort(self._by_arrival.setdefault(priority, []), request, key=_arrival)
         insort(self._by_length.setdefault(priority, []), request, key=_length)
         self.num_tokens += len(request.token_ids)
+        if request.adapter is not None:
+            self.adapters[request.adapter] += 1
 
     def remove(self, request: Request) -> None:
         """It must be there."""
         _remove(self._by_arrival, request, _arrival)
         _remove(self._by_length, request, _length)
         self.num_tokens -= len(request.token_ids)
+        if request.adapter is not None:
+            self.adapters[request.adapter] -= 1
+            if not self.adapters[request.adapter]:
+                del self.adapters[request.adapter]
 
     def check(self) -> None:
         """Prove that both orders hold the same requests, each sorted."""
@@ -63,6 +72,7 @@ class WaitingQueue:
             assert requests == sorted(self._by_length[priority], key=_arrival)
             assert self._by_length[priority] == sorted(requests, key=_length)
         assert self.num_tokens == sum(len(request.token_ids) for request in self)
+        assert self.adapters == Counter(request.adapter for request in self if request.adapter is not None)
 
 
 def _arrival(request: Request) -> int:

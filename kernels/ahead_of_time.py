@@ -56,6 +56,7 @@ def on_every_sm(
     num_warps: int,
     constants: Mapping[str, Any],
     *,
+    num_stages: int = 3,  # Triton's default
     has_fp_fusion: bool = True,
 ) -> list[CompileSpec]:
     """Specs of a kernel whose configuration is the same on every GPU."""
@@ -67,7 +68,7 @@ def on_every_sm(
             types=types,
             constants=constants,
             num_warps=num_warps,
-            num_stages=3,  # Triton's default
+            num_stages=num_stages,
             has_fp_fusion=has_fp_fusion,
         )
         for sm in SHARED_BYTES

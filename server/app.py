@@ -7,15 +7,16 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import EngineError
+from cabochon.server.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from cabochon.server.auth import ApiKeys
 from cabochon.server.body import Parsed, parse
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.middleware import CLIENT_GONE, Border
-from cabochon.server.openapi import ERRORS, METRICS, STREAM, body_of, with_bodies
+from cabochon.server.openapi import DONE, ERRORS, METRICS, STREAM, body_of, with_bodies
 from cabochon.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -42,6 +43,7 @@ def build_app(service: Service) -> FastAPI:
     _add_generation(app, service)
     _add_tokenizer(app, service)
     _add_models(app, service)
+    _add_adapters(app, service)
     _add_operations(app, service)
     if service.config.ui:
         add_ui(app)
@@ -130,25 +132,47 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def model(name: str) -> dict[str, Any]:
+        adapter = service.adapters.get(name)
         return {
             "id": name,
             "object": "model",
-            "created": service.started,
+            "created": service.started if adapter is None else adapter.created,
             "owned_by": "cabochon",
-            "root": service.engine.info.model,
-            "parent": None,
+            "root": service.engine.info.model if adapter is None else adapter.info.path,
+            "parent": None if adapter is None else service.names[0],
             "max_model_len": service.engine.info.max_model_len,
         }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The served model, under each of its names."""
-        return JsonResponse({"object": "list", "data": [model(name) for name in service.names]})
+        """The served model, under each of its names, and its adapters."""
+        names = (*service.names, *(adapter.info.name for adapter in service.adapters))
+        return JsonResponse({"object": "list", "data": [model(name) for name in names]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         """One model."""
         return JsonResponse(model(service.check_model(name)))
+
+
+def _add_adapters(app: FastAPI, service: Service) -> None:
+    def check() -> None:
+        service.adapters.check_is_on()
+        service.lifecycle.check_open()
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=body_of(LoadAdapterRequest), responses=DONE)
+    async def load_lora_adapter(request: Request) -> Response:
+        """Serve an adapter from a directory below --lora-dir. Off without that option."""
+        check()
+        body = await _read(LoadAdapterRequest, request, service)
+        return PlainTextResponse(await service.adapters.load(body))
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=body_of(UnloadAdapterRequest), responses=DONE)
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Serve an adapter no more; its running requests go on. Off without --lora-dir."""
+        check()
+        body = await _read(UnloadAdapterRequest, request, service)
+        return PlainTextResponse(await service.adapters.unload(body))
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

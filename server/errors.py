@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from cabochon.engine.errors import (
     Aborted,
+    BadAdapter,
     BadPrompt,
     BadSampling,
     ComputeError,
@@ -12,6 +13,7 @@ from cabochon.engine.errors import (
     Overloaded,
     PromptTooLong,
     RequestError,
+    UnknownAdapter,
 )
 
 
@@ -27,6 +29,8 @@ HTTP: dict[type[EngineError], Shape] = {
     PromptTooLong: Shape(400, "invalid_request_error", "context_length_exceeded"),
     BadPrompt: Shape(400, "invalid_request_error", "invalid_prompt"),
     BadSampling: Shape(400, "invalid_request_error", "invalid_value"),
+    BadAdapter: Shape(400, "invalid_request_error", "invalid_adapter"),
+    UnknownAdapter: Shape(404, "invalid_request_error", "model_not_found"),
     RequestError: Shape(400, "invalid_request_error", "invalid_value"),
     Overloaded: Shape(429, "rate_limit_error", "overloaded"),
     ComputeError: Shape(500, "server_error", "model_error"),

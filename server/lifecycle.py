@@ -39,12 +39,16 @@ class Lifecycle:
             return 503, "engine dead"
         return (200, "ok") if self.phase is Phase.SERVING else (503, self.phase.value)
 
-    def admit(self, num_requests: int) -> None:
-        """Raises Overloaded or EngineDead if the requests must not start now."""
+    def check_open(self) -> None:
+        """Raises EngineDead if nothing must start any more."""
         if reason := self._engine.dead_reason():
             raise EngineDead(reason)
         if self.phase in (Phase.DRAINING, Phase.ENDED):
             raise EngineDead("the server must not be shutting down, it is: send the request to another")
+
+    def admit(self, num_requests: int) -> None:
+        """Raises Overloaded or EngineDead if the requests must not start now."""
+        self.check_open()
         stats = self._engine.stats()
         # The last snapshot does not know of those that came since; a step may take long
         queued_tokens = max(stats.queued_tokens, self._unstarted_tokens)

@@ -3,6 +3,7 @@
 Gauges and engine counters are rendered from the engine's last snapshot; nothing here asks the engine.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
@@ -10,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cabochon.engine.engine import Engine
-from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
+from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput
 from cabochon.server.histogram import Histogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client's
@@ -142,3 +143,27 @@ class _Snapshot(Collector):
         config = GaugeMetricFamily("vllm:cache_config_info", "Shape of the KV cache", labels=list(labels))
         config.add_metric(list(labels.values()), 1)
         yield config
+        if info.max_loras:
+            yield _adapters(info, stats)
+
+
+def _adapters(info: EngineInfo, stats: EngineStats) -> Metric:
+    """As llm-d's picker reads it: `running` draws requests here; running + waiting < max_lora invites others.
+
+    The value is when it was true: of several series the picker takes the latest, and here is one.
+    """
+    # Idle ones too: what is in a slot costs nothing to use, and would be loaded again elsewhere
+    running = dict.fromkeys(stats.resident_adapters)
+    waiting = [
+        name for name in dict.fromkeys(stats.waiting_adapters) if name not in running
+    ]  # or it counts twice
+    labels = {
+        "max_lora": str(info.max_loras),
+        "waiting_lora_adapters": ",".join(waiting),
+        "running_lora_adapters": ",".join(running),
+    }
+    gauge = GaugeMetricFamily(
+        "vllm:lora_requests_info", "Adapters in slots, and those that requests wait for", labels=list(labels)
+    )
+    gauge.add_metric(list(labels.values()), time.time())
+    return gauge

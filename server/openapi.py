@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from cabochon.server.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from cabochon.server.body import Body
 from cabochon.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cabochon.server.responses import ResponsesRequest
@@ -17,6 +18,8 @@ BODIES: tuple[type[Body], ...] = (
     ResponsesRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
 )
 TEXT = {"type": "string"}
 EVENTS = {"description": "Server-sent events, as OpenAI's"}
@@ -51,6 +54,10 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 METRICS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Gauges, counters and histograms", "content": {"text/plain": {"schema": TEXT}}}
+}
+
+DONE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Words of success", "content": {"text/plain": {"schema": TEXT}}}
 }
 
 

@@ -55,7 +55,7 @@ class SamplingFields(Body):
 
     max_lengths: ClassVar = {"stop": (MAX_STOP_STRINGS, "strings")}
 
-    model: str | None = Field(None, description="The served model; absent: the one there is")
+    model: str | None = Field(None, description="The served model or an adapter; absent: the model")
     stream: bool = Field(False, description="Server-sent events instead of one answer")
     seed: int | None = Field(None, description="Same seed, same tokens; choice i uses seed + i")
     temperature: float = Field(1.0, description="[0, 100]; 0 is greedy")
@@ -312,7 +312,7 @@ class TokenizeRequest(Body):
 
     no_effect: ClassVar = NO_EFFECT
 
-    model: str | None = Field(None, description="The served model; absent: the one there is")
+    model: str | None = Field(None, description="The served model or an adapter; absent: the model")
     prompt: str | None = Field(None, description="A text")
     messages: Messages | None = Field(None, description="Or a chat")
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
@@ -330,5 +330,5 @@ class DetokenizeRequest(Body):
 
     no_effect: ClassVar = NO_EFFECT
 
-    model: str | None = Field(None, description="The served model; absent: the one there is")
+    model: str | None = Field(None, description="The served model or an adapter; absent: the model")
     tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="Token ids")

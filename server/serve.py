@@ -21,6 +21,7 @@ from cabochon.engine.config import split_module
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
+from cabochon.server.adapters import check_directory
 from cabochon.server.app import build_app
 from cabochon.server.auth import ApiKeys
 from cabochon.server.config import ServerConfig
@@ -74,6 +75,7 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, _exit_now, number)
     # What a wrong option breaks is found before minutes of loading
     ApiKeys(settings.server.api_key_file)
+    check_directory(settings.engine.lora_dir)
     with bind(settings.server.host, settings.server.port) as sock:
         directory = await find_model(settings)
         prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
@@ -85,7 +87,8 @@ async def serve(settings: Settings) -> int:
             raise
         client = engine.result()
         try:
-            return await serve_engine(Service(client, prompts.result(), named(settings)), sock)
+            service = Service(client, prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
+            return await serve_engine(service, sock)
         finally:
             await client.shutdown()
 

@@ -17,6 +17,7 @@ from cabochon.engine.engine import Engine
 from cabochon.engine.errors import BadPrompt, BadSampling, RequestError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import MAX_SEED, Grammar, SamplingParams
+from cabochon.server.adapters import Adapters
 from cabochon.server.config import ServerConfig
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.formats import Answer, ChatAnswer, CompletionAnswer, Head, Usage
@@ -36,6 +37,7 @@ from cabochon.server.responses import ResponsesRequest, in_our_words
 from cabochon.server.streaming import EventStream, JsonResponse, or_disconnect
 
 VERSION = version("cabochon")
+MAX_LISTED = 32  # names in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,17 @@ class Job:
 
 
 class Service:
-    """One served model: engine, tokenizer, names, metrics and lifecycle."""
+    """One served model: engine, tokenizer, names, adapters, metrics and lifecycle."""
 
-    def __init__(self, engine: Engine, prompts: Prompts, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: Engine, prompts: Prompts, config: ServerConfig, *, lora_dir: str | None = None
+    ) -> None:
+        """lora_dir: adapters below it may be loaded over HTTP."""
         self.engine = engine
         self.prompts = prompts
         self.config = config
         self.names = config.served_model_name or (engine.info.model,)
+        self.adapters = Adapters(engine, self.names, lora_dir)
         self.metrics = Metrics(engine, self.names[0])
         self.lifecycle = Lifecycle(engine, config)
         self.started = int(time.time())
@@ -64,10 +70,12 @@ class Service:
         self.fingerprint = f"cabochon-{VERSION}-{engine.info.dtype}{quantized}"
 
     def check_model(self, name: str | None) -> str:
-        """The name to echo. Raises ApiError (404) if it is not served here."""
-        if name is not None and name not in self.names:
+        """The name to echo, the model's or an adapter's. Raises ApiError (404) if it is not served here."""
+        if name is not None and name not in self.names and name not in self.adapters:
+            served = (*self.names, *(adapter.info.name for adapter in self.adapters))
+            listed = ", ".join(served[:MAX_LISTED]) + (", ..." if len(served) > MAX_LISTED else "")
             raise ApiError(
-                f"model must be one of {', '.join(self.names)}: see /v1/models",
+                f"model must be one of {listed}: see /v1/models",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -207,6 +215,7 @@ class Service:
                 prompt_ids=prompts[prompt],
                 params=_sampling_params(body, max_tokens, seed + draw, grammar),
                 priority=body.priority,
+                adapter=None if body.model in self.names else body.model,  # None: the model itself
                 cache_salt=body.cache_salt,
                 arrival_s=now,
             )

@@ -21,8 +21,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from cabochon.engine.config import EngineConfig
+from cabochon.engine.config import EngineConfig, split_module
 from cabochon.engine.errors import ConfigError
+from cabochon.server.adapters import problem_of_name
 from cabochon.server.config import ServerConfig
 
 Config = TypeVar("Config", ServerConfig, EngineConfig)
@@ -54,7 +55,17 @@ def load_settings(args: Sequence[str]) -> Settings:
         name = first["loc"][0] if first["loc"] else "an option"
         raise ConfigError(f"{name}: {first['msg']}, got {values.get(str(name))}") from None
     given = {name: getattr(checked, name) for name in _fields()}
-    return Settings(_build(ServerConfig, given), _build(EngineConfig, given))
+    settings = Settings(_build(ServerConfig, given), _build(EngineConfig, given))
+    _check_adapter_names(settings)
+    return settings
+
+
+def _check_adapter_names(settings: Settings) -> None:
+    base_names = settings.server.served_model_name or (settings.engine.model,)
+    for module in settings.engine.lora_modules:
+        name, _ = split_module("lora_modules", module)
+        if wrong := problem_of_name(name, base_names):
+            raise ConfigError(f"a name of lora_modules {wrong}, got {name}: choose another")
 
 
 def set_process_environment() -> None:
@@ -70,7 +81,7 @@ def set_process_environment() -> None:
 def option_help() -> str:
     """All flags with their defaults, one a line."""
     return "\n".join(
-        f"  --{name.replace('_', '-'):<22} {_type_name(field.type):<34} default {field.default}"
+        f"  --{name.replace('_', '-'):<22} {_type_name(field.type):<34} default {_shown(field.default)}"
         for name, field in _fields().items()
     )
 
@@ -104,12 +115,15 @@ class _PlainSettings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _split(cls, value: Any, info: ValidationInfo) -> Any:
-        """A list may be written a,b in every source; `null` and an empty variable are no value."""
+        """A list may be one word, a,b; of several words each is a value, commas and all.
+
+        `null` and an empty variable are no value.
+        """
         default = _fields()[str(info.field_name)].default
         if isinstance(default, tuple):
-            parts = [value] if isinstance(value, str) else value
+            parts = value.split(",") if isinstance(value, str) else value
             if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
-                return tuple(name for part in parts for name in part.split(",") if name)
+                return tuple(part for part in parts if part)
         return default if value in ("", "null", "None") and default is None else value
 
     @classmethod
@@ -139,6 +153,7 @@ def _from_flags(flags: list[str]) -> dict[str, Any]:
         name = flag.partition("=")[0]
         if name.startswith("-") and not _is_number(name) and name not in _flags():
             raise ConfigError(_not_an_option(name, _flags()))
+    lists, flags = _take_lists(flags)
     try:
         source: Any = CliSettingsSource(
             _model(),
@@ -149,7 +164,33 @@ def _from_flags(flags: list[str]) -> dict[str, Any]:
         )
     except SettingsError as error:
         raise ConfigError(f"flags must be --option VALUE: {error}; see `cabochon --help`") from None
-    return dict(source())
+    return {**source(), **lists}
+
+
+def _take_lists(flags: list[str]) -> tuple[dict[str, str | list[str]], list[str]]:
+    """The words of list options, which may be several or repeat the flag; and all other flags."""
+    options = {f"--{name.replace('_', '-')}": name for name in _fields() if _is_list(name)}
+    words: dict[str, list[str]] = {}
+    rest: list[str] = []
+    taking: list[str] | None = None  # the option whose words these are
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name in options:
+            taking = words.setdefault(name, [])
+            taking += [value] if "=" in flag else []
+        elif taking is None or flag.startswith("-"):
+            taking = None
+            rest.append(flag)
+        else:
+            taking.append(flag)
+    for name, given in words.items():
+        if not given:
+            raise ConfigError(f"{name} must be followed by a value: add it")
+    return {options[name]: given[0] if len(given) == 1 else given for name, given in words.items()}, rest
+
+
+def _is_list(name: str) -> bool:
+    return isinstance(_fields()[name].default, tuple)
 
 
 def _flags() -> list[str]:
@@ -194,6 +235,12 @@ def _not_an_option(given: str, known: Sequence[str], word: str | None = None) ->
     return f"{given} is not an option: {hint}"
 
 
+def _shown(default: Any) -> str:
+    return "none" if default == () else str(default)
+
+
 def _type_name(kind: Any) -> str:
+    if kind == tuple[str, ...]:
+        return "A B ... or A,B"
     name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
     return name.replace("typing.", "")

@@ -33,11 +33,13 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
-def fake_service(engine: FakeEngine | None = None, **options: Any) -> Service:
-    """options: fields of ServerConfig."""
+def fake_service(
+    engine: FakeEngine | None = None, *, lora_dir: Path | None = None, **options: Any
+) -> Service:
+    """lora_dir: as EngineConfig's. options: fields of ServerConfig."""
     config = ServerConfig(**options)
     prompts = make_prompts(tiny_tokenizer(), Path("/nonexistent"), config)
-    return Service(engine or FakeEngine(), prompts, config)
+    return Service(engine or FakeEngine(), prompts, config, lora_dir=lora_dir and str(lora_dir))
 
 
 def fake_app(engine: FakeEngine | None = None, **options: Any) -> FastAPI:
@@ -56,7 +58,7 @@ class LiveServer:
     """uvicorn in a thread, with the engine and the service within reach."""
 
     def __init__(self, around: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any) -> None:
-        """around: what the app is mounted in. options: fields of ServerConfig."""
+        """around: what the app is mounted in. options: of fake_service."""
         self.service = fake_service(**options)
         assert isinstance(self.service.engine, FakeEngine)
         self.engine = self.service.engine

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from cabochon.engine.adapters.deltas import AdapterWeights
 from cabochon.engine.attention import make_attention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
@@ -13,7 +14,7 @@ from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan
-from cabochon.engine.rows import Rows
+from cabochon.engine.rows import NO_ADAPTER, Rows
 
 
 class Forward:
@@ -33,7 +34,9 @@ class Forward:
         max_len: int = 512,
         seed: int = 0,
         make_linear: MakeLinear = Linear,
+        adapters: AdapterWeights | None = None,
     ) -> None:
+        self.adapters = adapters
         self.model = model_class(
             config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear
         )
@@ -52,8 +55,10 @@ class Forward:
         self._free = list(np.random.default_rng(seed).permutation(max_seqs * per_seq) + 1)
         self.attention = make_attention(backend, config, self.pages)
 
-    def add(self, ids: Sequence[int]) -> int:
-        return self.rows.take(list(ids), len(ids))
+    def add(self, ids: Sequence[int], slot: int = NO_ADAPTER) -> int:
+        row = self.rows.take(list(ids), len(ids))
+        self.rows.adapter_slots[row] = slot
+        return row
 
     def attach(self, row: int, other: int, num_pages: int) -> None:
         """A prefix hit: the first pages of `other` are computed tokens of `row`, too."""
@@ -74,7 +79,11 @@ class Forward:
         inputs = self.attention.prepare(plan, self.rows)
         ids = self.rows.token_ids[np.repeat(row_ids, lens), inputs.positions.numpy()].astype(np.int64)
         padded = torch.from_numpy(np.pad(ids, (0, -len(ids) % 4)))
-        logits = self.model.logits(self.model.hidden(padded, inputs, self.attention))[: len(ids)]
+        deltas = None
+        if self.adapters is not None:
+            deltas = self.adapters.step(self.rows.adapter_slots[row_ids], lens, len(padded))
+        hidden = self.model.hidden(padded, inputs, self.attention, deltas)
+        logits = self.model.logits(hidden)[: len(ids)]
         self.rows.num_computed[row_ids] += lens
         by_row = dict(zip(row_ids.tolist(), logits.split(lens.tolist()), strict=True))
         return [by_row[row] for row, _ in work]

@@ -13,12 +13,14 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from cabochon.engine.adapters.adapter import Adapter
+from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.plan import Plan
-from cabochon.engine.rows import NULL_PAGE, Rows
+from cabochon.engine.rows import NO_ADAPTER, NULL_PAGE, Rows
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, Scheduler
 
@@ -57,6 +59,8 @@ class Flying(NamedTuple):
     plan: Plan
     admitted: dict[int, list[int]]  # known tokens by row
     page_tables: NDArray[np.int32]
+    slot_changes: list[tuple[int, LoadedAdapter | None]]
+    adapters: dict[int, tuple[int, LoadedAdapter | None]]  # slot and adapter by row
 
 
 class World:
@@ -78,8 +82,12 @@ class World:
         digest_bytes: int = 16,
         caching: bool = True,
         depth: int = 1,
+        max_loras: int = 0,
     ) -> None:
         self.depth = depth
+        self.num_adapters = 0
+        self.adapters: dict[str, LoadedAdapter] = {}  # by name, made when a request names them
+        self.device_slots: dict[int, LoadedAdapter | None] = {}
         self.flying: deque[Flying] = deque()
         self.device_ids: dict[int, list[int]] = {}  # by row: what the device knows, in the order of its steps
         self.rows = Rows(
@@ -98,6 +106,7 @@ class World:
             eos_token_ids=[EOS],
             max_model_len=max_model_len,
             vocab_size=VOCAB,
+            max_loras=max_loras,
         )
         self.contents = np.zeros((num_pages + 1, page_tokens), np.int64)
         self.outputs: dict[str, list[int]] = {}
@@ -106,8 +115,20 @@ class World:
         self.plans: list[Plan] = []
 
     def add(self, message: GenerateRequest) -> None:
-        self.scheduler.add(message)
+        self.scheduler.add(message, adapter=self.adapter(message.adapter))
         self.outputs[message.request_id] = []
+
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """The one that has the name; after `unload` another."""
+        if name is None:
+            return None
+        if name not in self.adapters:
+            self.num_adapters += 1
+            self.adapters[name] = LoadedAdapter(name, self.num_adapters, Adapter(8, [], None))
+        return self.adapters[name]
+
+    def unload(self, name: str) -> None:
+        self.scheduler.slots.forget(self.adapters.pop(name))
 
     def step(self, in_flight: Callable[[], object] | None = None) -> Plan | None:
         """Schedule and launch, then run and enter the oldest step if there are enough.
@@ -121,7 +142,12 @@ class World:
             assert not set(before) & set(self.scheduler.take_admitted()), "preempted and admitted in one step"
             self._check_plan(plan, ready)
             admitted = {r.row: list(r.token_ids) for r in self.scheduler.take_admitted() if r.row is not None}
-            self.flying.append(Flying(plan, admitted, self.rows.page_tables.copy()))
+            adapters = {
+                row: (int(self.rows.adapter_slots[row]), self.scheduler.request(row).adapter)
+                for row in plan.rows.tolist()
+            }
+            changes = self.scheduler.slots.take_changes()
+            self.flying.append(Flying(plan, admitted, self.rows.page_tables.copy(), changes, adapters))
             self._check_owners(plan)
             if self.depth > 1:
                 self.scheduler.advance(plan)
@@ -174,13 +200,18 @@ class World:
     def _run(self, step: Flying) -> list[int]:
         tokens = []
         self.device_ids |= {row: list(ids) for row, ids in step.admitted.items()}
+        self.device_slots.update(step.slot_changes)
         plan, tables = step.plan, step.page_tables
         for row, start, length, samples in zip(plan.rows, plan.starts, plan.lens, plan.samples, strict=True):
             known = self.device_ids[row]
+            slot, adapter = step.adapters[row]
+            held = None if slot == NO_ADAPTER else self.device_slots[slot]
+            assert held is adapter, "another adapter is in the slot"
+            uid = 0 if adapter is None else adapter.uid
             for position in range(start, start + length):
-                self._write(tables, row, position, known)
+                self._write(tables, row, position, known, uid)
             for position in range(start, start + length):
-                self._look_back(tables, row, position, known)
+                self._look_back(tables, row, position, known, uid)
             if samples:
                 assert start + length == len(known), "the device knows another number of tokens"
                 tokens.append(next_token(known))
@@ -193,21 +224,24 @@ class World:
         assert page != NULL_PAGE, f"position {position} has no page in group {group}"
         return page, offset
 
-    def _write(self, tables: NDArray[np.int32], row: int, position: int, known: list[int]) -> None:
+    def _write(self, tables: NDArray[np.int32], row: int, position: int, known: list[int], uid: int) -> None:
         for group in range(len(self.windows)):
-            self.contents[self._slot(tables, group, row, position)] = self._content(group, known, position)
+            place = self._slot(tables, group, row, position)
+            self.contents[place] = self._content(group, known, position, uid)
 
-    def _look_back(self, tables: NDArray[np.int32], row: int, position: int, known: list[int]) -> None:
+    def _look_back(
+        self, tables: NDArray[np.int32], row: int, position: int, known: list[int], uid: int
+    ) -> None:
         for group, window in enumerate(self.windows):
             first = 0 if window is None else max(0, position - window + 1)
             for key in range(first, position + 1):
                 place = self._slot(tables, group, row, key)
                 if self.check_contents:
-                    assert self.contents[place] == self._content(group, known, key), "wrong page"
+                    assert self.contents[place] == self._content(group, known, key, uid), "wrong page"
 
     @staticmethod
-    def _content(group: int, known: list[int], position: int) -> int:
-        return crc32(bytes([group, *known[: position + 1]]))
+    def _content(group: int, known: list[int], position: int, uid: int) -> int:
+        return crc32(bytes([group, uid % 256, *known[: position + 1]]))
 
 
 def table_of(world: World, row: int, group: int) -> NDArray[np.int32]:

@@ -14,6 +14,7 @@ import attention_problem
 import bench_decode_attention
 import bench_embed_norm
 import bench_geglu
+import bench_lora
 import bench_prefill_attention
 import bench_prepare_inputs
 import bench_qkv_rope_write
@@ -62,6 +63,14 @@ def families(device: str) -> dict[str, Callable[[], Iterator[Row]]]:
                 case
                 for is_fp8 in (False, True)
                 for case in bench_qkv_rope_write.cases("270M", TOKENS, is_fp8, device)
+            ),
+        ),
+        "lora": partial(
+            small,
+            lambda: (
+                case
+                for tokens in (TOKENS, bench_lora.MAX_DECODES + 1)
+                for case in bench_lora.cases("270M qkv", tokens, 3, 24, device)
             ),
         ),
         "prepare_inputs": partial(small, partial(bench_prepare_inputs.cases, TOKENS, KEYS, device)),

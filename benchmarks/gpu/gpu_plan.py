@@ -21,6 +21,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "embed_norm": ("--tokens", "1", "256", "--hidden", "2304", "3584"),
     "rms_norm": ("--tokens", "1", "256", "--hidden", "2304", "3584"),
     "prepare_inputs": ("--seqs", "1", "256"),
+    "lora": ("--tokens", "256", "4096", "--adapters", "1", "32", "--layers", "9B qkv", "9B down"),
 }
 
 

@@ -21,7 +21,7 @@ PARTS: dict[LinearName, tuple[str, ...]] = {  # names as in checkpoints, within 
 
 
 class LinearShape(NamedTuple):
-    """k inputs; part i makes outputs part_ends[i − 1] to part_ends[i]."""
+    """k inputs; part i makes outputs part_ends[i - 1] to part_ends[i]."""
 
     k: int
     part_ends: tuple[int, ...]
@@ -45,7 +45,7 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Weights in the working dtype, in host memory. layers[i] lacks the linear layers that it leaves alone."""
+    """Weights in the working dtype, in host memory. layers[i] lacks linear layers that it leaves alone."""
 
     rank: int
     layers: list[dict[LinearName, Delta]]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cabochon.engine.adapters.deltas import StepDeltas
 from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
-from cabochon.engine.models.gemma import Gemma, LoadTensor
+from cabochon.engine.models.gemma import Gemma, LayerLinears, LoadTensor
 from cabochon.engine.triton_attention import TritonAttention, TritonInputs
 from cabochon.kernels.embed_norm import embed_norm
 from cabochon.kernels.geglu import geglu
@@ -55,7 +56,13 @@ class FusedGemma(Gemma):
         super().__init__(config, load, max_model_len, make_linear)
         self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing
 
-    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:
+    def hidden(
+        self,
+        token_ids: Tensor,
+        inputs: AttentionInputs,
+        attention: Attention[Any],
+        deltas: StepDeltas | None = None,
+    ) -> Tensor:
         """Hidden rows before the final norm.
 
         token_ids: [T'] int64, T' ≥ the tokens of `inputs`; what is beyond them, or has the slot −1, is
@@ -71,10 +78,11 @@ class FusedGemma(Gemma):
         )  # fmt: skip
         following = [*(layer.input_norm for layer in layers[1:]), None]  # the final norm is for chosen rows
         for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
-            branch = self._attend(index, step, inputs, attention)  # [T', E]
+            linears = LayerLinears(index, layer, deltas)
+            branch = self._attend(linears, step, inputs, attention)  # [T', E]
             _end_branch(branch, layer.post_attention_norm, layer.pre_mlp_norm, eps, step)
-            geglu(layer.gate_up(step.x), out=step.gated)
-            _end_branch(layer.down(step.gated), layer.post_mlp_norm, next_norm, eps, step)
+            geglu(linears.gate_up(step.x), out=step.gated)
+            _end_branch(linears.down(step.gated), layer.post_mlp_norm, next_norm, eps, step)
         return step.residual
 
     def _step(self, num_rows: int, inputs: TritonInputs) -> _Step:
@@ -91,16 +99,18 @@ class FusedGemma(Gemma):
             gated=embedding.new_empty((num_rows, config.mlp_size)),
         )
 
-    def _attend(self, index: int, step: _Step, inputs: TritonInputs, attention: TritonAttention) -> Tensor:
-        layer, pages = self._layers[index], attention.pages_of(index)
+    def _attend(
+        self, linears: LayerLinears, step: _Step, inputs: TritonInputs, attention: TritonAttention
+    ) -> Tensor:
+        layer, pages = self._layers[linears.layer_idx], attention.pages_of(linears.layer_idx)
         cos, sin = self._rope[layer.is_sliding]
         qkv_rope_write(
-            layer.qkv(step.x), step.positions, cos, sin, step.slots[pages.group],
+            linears.qkv(step.x), step.positions, cos, sin, step.slots[pages.group],
             q_out=step.q, k_pages=pages.k, v_pages=pages.v, k_scales=pages.k_scales, v_scales=pages.v_scales,
             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.norm_eps,
         )  # fmt: skip
-        out = attention.attend_pages(index, step.q, inputs, out=step.attended)
-        return layer.out(out.flatten(1))
+        out = attention.attend_pages(linears.layer_idx, step.q, inputs, out=step.attended)
+        return linears.out(out.flatten(1))
 
     def normed(self, hidden: Tensor) -> Tensor:
         out = torch.empty_like(hidden)

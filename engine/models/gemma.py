@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cabochon.engine.adapters.adapter import LinearName
+from cabochon.engine.adapters.deltas import StepDeltas
 from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import AnyLinear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
@@ -34,6 +36,33 @@ class _Layer:
     gate_up: AnyLinear  # [2 F, E]
     down: AnyLinear  # [E, F]
     is_sliding: bool
+
+
+class LayerLinears:
+    """A layer's linear layers in one step, adapters included. [T', k] to [T', n] each."""
+
+    def __init__(self, layer_idx: int, layer: _Layer, deltas: StepDeltas | None) -> None:
+        self.layer_idx = layer_idx
+        self._layer = layer
+        self._deltas = deltas
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return self._apply("qkv", self._layer.qkv, x)
+
+    def out(self, x: Tensor) -> Tensor:
+        return self._apply("out", self._layer.out, x)
+
+    def gate_up(self, x: Tensor) -> Tensor:
+        return self._apply("gate_up", self._layer.gate_up, x)
+
+    def down(self, x: Tensor) -> Tensor:
+        return self._apply("down", self._layer.down, x)
+
+    def _apply(self, name: LinearName, linear: AnyLinear, x: Tensor) -> Tensor:
+        out = linear(x)
+        if self._deltas is not None:
+            self._deltas.add(self.layer_idx, name, x, out)
+        return out
 
 
 class Gemma:
@@ -76,10 +105,17 @@ class Gemma:
         head = self._head.num_bytes if self._head.is_copy else 0  # else it is the embedding itself
         return self._embedding.nbytes + head + sum(linears)
 
-    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, attention: Attention[Any]) -> Tensor:
+    def hidden(
+        self,
+        token_ids: Tensor,
+        inputs: AttentionInputs,
+        attention: Attention[Any],
+        deltas: StepDeltas | None = None,
+    ) -> Tensor:
         """Hidden rows before the final norm.
 
-        token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. Returns [T', E].
+        token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. deltas: of their adapters.
+        Returns [T', E].
         """
         x = self._embedding.index_select(0, token_ids) * self._embedding_scale  # [T', E]
         positions = torch.nn.functional.pad(inputs.positions, (0, len(token_ids) - len(inputs.positions)))
@@ -88,7 +124,8 @@ class Gemma:
             for kind, (cos, sin) in self._rope.items()
         }
         for index, layer in enumerate(self._layers):
-            x = self._forward_layer(index, layer, x, angles[layer.is_sliding], inputs, attention)
+            linears = LayerLinears(index, layer, deltas)
+            x = self._forward_layer(linears, layer, x, angles[layer.is_sliding], inputs, attention)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -120,7 +157,7 @@ class Gemma:
 
     def _forward_layer(
         self,
-        index: int,
+        linears: LayerLinears,
         layer: _Layer,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
@@ -128,14 +165,15 @@ class Gemma:
         attention: Attention[Any],
     ) -> Tensor:
         eps = self.config.norm_eps
-        branch = self._attention(index, layer, rms_norm(x, layer.input_norm, eps), angles, inputs, attention)
+        normed = rms_norm(x, layer.input_norm, eps)
+        branch = self._attention(linears, layer, normed, angles, inputs, attention)
         x = x + rms_norm(branch, layer.post_attention_norm, eps)
-        branch = layer.down(geglu(layer.gate_up(rms_norm(x, layer.pre_mlp_norm, eps))))
+        branch = linears.down(geglu(linears.gate_up(rms_norm(x, layer.pre_mlp_norm, eps))))
         return x + rms_norm(branch, layer.post_mlp_norm, eps)
 
     def _attention(
         self,
-        index: int,
+        linears: LayerLinears,
         layer: _Layer,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
@@ -143,13 +181,13 @@ class Gemma:
         attention: Attention[Any],
     ) -> Tensor:
         config = self.config
-        heads = layer.qkv(x).view(len(x), -1, config.head_dim)  # [T', Hq + 2 Hkv, D]
+        heads = linears.qkv(x).view(len(x), -1, config.head_dim)  # [T', Hq + 2 Hkv, D]
         q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, config.norm_eps)
             k = rms_norm(k, layer.k_norm, config.norm_eps)
-        out = attention.attend(index, rope(q, *angles), rope(k, *angles), v, inputs)
-        return layer.out(out.reshape(len(x), -1))
+        out = attention.attend(linears.layer_idx, rope(q, *angles), rope(k, *angles), v, inputs)
+        return linears.out(out.reshape(len(x), -1))
 
 
 def _norm(load: LoadTensor, name: str, size: int) -> Tensor:

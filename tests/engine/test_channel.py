@@ -14,9 +14,12 @@ from cabochon.engine.config import EngineConfig
 from cabochon.engine.fake import FAKE_INFO
 from cabochon.engine.messages import (
     Abort,
+    AdapterInfo,
+    AdapterReply,
     EngineStats,
     Failed,
     GenerateRequest,
+    LoadAdapter,
     Loading,
     Log,
     Publish,
@@ -26,6 +29,7 @@ from cabochon.engine.messages import (
     Start,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 from cabochon.engine.sampling_params import MAX_LOGIT_BIAS, MAX_SEED, MAX_TOP_K, SamplingParams
 
@@ -53,10 +57,11 @@ OUTPUT = RequestOutput(
     request_id=TEXT, token_ids=[0, BIG], finish_reason="stop", stop_token_id=0, cached_tokens=BIG,
     scheduled_s=LARGE, first_token_s=-0.0,
 )  # fmt: skip
-STATS = EngineStats(**{
-    field.name: math.inf if field.name == "prefill_tokens_per_s" else BIG
-    for field in dataclasses.fields(EngineStats)
-})  # fmt: skip
+SPECIAL: dict[str, object] = {
+    "prefill_tokens_per_s": math.inf, "resident_adapters": [TEXT] * 8, "waiting_adapters": ["", TEXT],
+}  # fmt: skip
+STATS = EngineStats(**{field.name: SPECIAL.get(field.name, BIG) for field in dataclasses.fields(EngineStats)})
+ADAPTER = AdapterInfo(name=TEXT, path=TEXT, rank=BIG, num_bytes=BIG, base_model=TEXT)
 REFUSAL = Refusal(request_id=TEXT, error="PromptTooLong", message=TEXT, param="prompt")
 
 LEAST: list[Message] = [
@@ -64,10 +69,13 @@ LEAST: list[Message] = [
     Submit(request=GenerateRequest(request_id="", prompt_ids=[], params=SamplingParams())),
     Abort(request_id=""),
     Publish(request_id=""),
+    LoadAdapter(reply_to=0, name="", path=""),
+    UnloadAdapter(reply_to=0, name=""),
     Loading(done_bytes=0, total_bytes=0),
     Ready(info=FAKE_INFO),
     Failed(error="", message=""),
     Log(level=0, logger="", text=""),
+    AdapterReply(reply_to=0),
     StepOutput(),
 ]
 MOST: list[Message] = [
@@ -75,10 +83,17 @@ MOST: list[Message] = [
     Submit(request=REQUEST),
     Abort(request_id=TEXT * 1000),
     Publish(request_id=TEXT),
+    LoadAdapter(reply_to=BIG, name=TEXT, path=TEXT * 100, replace=True),
+    UnloadAdapter(reply_to=BIG, name=TEXT),
     Loading(done_bytes=BIG, total_bytes=BIG),
-    Ready(info=dataclasses.replace(FAKE_INFO, model=TEXT, eos_token_ids=[1, BIG], load_s=LARGE)),
+    Ready(
+        info=dataclasses.replace(
+            FAKE_INFO, model=TEXT, eos_token_ids=[1, BIG], load_s=LARGE, adapters=[ADAPTER] * 3
+        )
+    ),
     Failed(error="ConfigError", message=TEXT),
     Log(level=50, logger="cabochon.engine", text=TEXT * 100),
+    AdapterReply(reply_to=BIG, info=ADAPTER, refusal=REFUSAL),
     StepOutput(
         outputs=[OUTPUT, RequestOutput(request_id="b", token_ids=[])] * 256,
         refusals=[REFUSAL] * 3,

@@ -1,13 +1,21 @@
 """FakeEngine keeps the contract of Engine, so that what works with it works with the real one."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from cabochon.engine.engine import Engine
-from cabochon.engine.errors import Aborted, BadPrompt, EngineDead, PromptTooLong
-from cabochon.engine.fake import FakeEngine, FakeFaults
-from cabochon.engine.messages import GenerateRequest, RequestOutput, StepOutput
+from cabochon.engine.errors import (
+    Aborted,
+    BadAdapter,
+    BadPrompt,
+    EngineDead,
+    PromptTooLong,
+    UnknownAdapter,
+)
+from cabochon.engine.fake import FAKE_INFO, FakeEngine, FakeFaults
+from cabochon.engine.messages import AdapterInfo, GenerateRequest, RequestOutput, StepOutput
 from cabochon.engine.sampling_params import SamplingParams
 
 
@@ -119,3 +127,34 @@ def test_publish_is_recorded() -> None:
     engine = FakeEngine()
     engine.publish("r")
     assert engine.published == ["r"]
+
+
+def test_adapters_come_and_go_and_open_requests_keep_theirs() -> None:
+    async def run() -> None:
+        first = AdapterInfo(name="a", path="/a", rank=8, num_bytes=1, base_model=None)
+        engine = FakeEngine(replace(FAKE_INFO, max_loras=2, adapters=[first]))
+        assert (await engine.load_adapter("b", "/b")).path == "/b"
+        for name, path in (("b", "/other"), ("c", "/bad")):
+            with pytest.raises(BadAdapter):
+                await engine.load_adapter(name, path)
+        await engine.load_adapter("b", "/other", replace=True)
+        assert list(engine.adapters) == ["a", "b"]
+        kept = engine.submit(replace(request([7], max_tokens=1), adapter="a"))
+        await engine.unload_adapter("a")
+        assert (await anext(kept)).token_ids == [7]
+        with pytest.raises(UnknownAdapter, match="a is not"):
+            await anext(engine.submit(replace(request([7], max_tokens=1), adapter="a")))
+        with pytest.raises(UnknownAdapter):
+            await engine.unload_adapter("a")
+        assert not engine.open
+        engine.die("gone")
+        for change in (engine.load_adapter("d", "/d"), engine.unload_adapter("b")):
+            with pytest.raises(EngineDead, match="gone"):
+                await change
+
+    asyncio.run(run())
+
+
+def test_an_engine_without_slots_takes_no_adapter() -> None:
+    with pytest.raises(BadAdapter):
+        asyncio.run(FakeEngine().load_adapter("a", "/a"))

@@ -45,7 +45,7 @@ class EchoModel:
         self.token_ids: list[int] = []
         self.num_logits: list[int] = []
 
-    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, _: object) -> Tensor:
+    def hidden(self, token_ids: Tensor, inputs: AttentionInputs, *_: object) -> Tensor:
         self.token_ids = token_ids.tolist()
         positions = torch.full_like(token_ids, -1)
         positions[: len(inputs.positions)] = inputs.positions
@@ -141,8 +141,8 @@ def test_rows_that_are_not_finite_are_flagged_in_their_place(monkeypatch: pytest
     runner, model, rows = echo(max_seqs=70)
     bad = [0, 5, 63, 64, 69]
 
-    def hidden(token_ids: Tensor, inputs: AttentionInputs, attention: object) -> Tensor:
-        out = EchoModel.hidden(model, token_ids, inputs, attention)
+    def hidden(token_ids: Tensor, inputs: AttentionInputs, *_: object) -> Tensor:
+        out = EchoModel.hidden(model, token_ids, inputs)
         out[bad, 0] = torch.nan
         return out
 

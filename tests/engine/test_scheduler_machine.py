@@ -38,8 +38,9 @@ class Machine(RuleBasedStateMachine):
         step_tokens=st.integers(5, 24),
         caching=st.sampled_from([True, True, True, False]),
         depth=st.sampled_from([1, 2]),
+        max_loras=st.integers(1, 2),
     )
-    def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching, depth) -> None:
+    def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching, depth, max_loras) -> None:
         self.world = World(
             num_pages=pages_for_one(windows, page_tokens, step_tokens) + spare,
             page_tokens=page_tokens,
@@ -50,6 +51,7 @@ class Machine(RuleBasedStateMachine):
             digest_bytes=self.digest_bytes,
             caching=caching,
             depth=depth,
+            max_loras=max_loras,
         )
         self.requests: dict[str, tuple[list[int], int, bool]] = {}
         self.aborted: set[str] = set()
@@ -66,8 +68,9 @@ class Machine(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, "x"]),
         is_private=st.sampled_from([False, False, True]),
         ignore_eos=st.booleans(),
+        adapter=st.sampled_from([None, None, "a", "b", "c"]),
     )
-    def add(self, copies, shared, own, max_tokens, priority, salt, is_private, ignore_eos) -> None:
+    def add(self, copies, shared, own, max_tokens, priority, salt, is_private, ignore_eos, adapter) -> None:
         prompt = [*SHARED[:shared], *own] or [2]
         for _ in range(min(copies, MAX_OPEN - len(self.open_requests()))):
             name = f"{len(self.requests)}"
@@ -75,7 +78,7 @@ class Machine(RuleBasedStateMachine):
             self.world.add(
                 request(
                     name, prompt, max_tokens, priority=priority, cache_salt=salt, is_private=is_private,
-                    ignore_eos=ignore_eos,
+                    ignore_eos=ignore_eos, adapter=adapter,
                 )
             )  # fmt: skip
 
@@ -103,6 +106,18 @@ class Machine(RuleBasedStateMachine):
         else:
             self.world.scheduler.publish(name)
 
+    @rule(data=st.data(), is_in_flight=st.booleans())
+    def unload(self, data, is_in_flight) -> None:
+        if not self.world.adapters:
+            return
+        name = data.draw(st.sampled_from(sorted(self.world.adapters)))
+        if is_in_flight:
+            self.world.step(in_flight=lambda: self.world.unload(name))
+            self.seen["steps"] += 1
+        else:
+            self.world.unload(name)
+        self.seen["unloads"] += 1
+
     @rule(steps=st.integers(1, 8))
     def step(self, steps) -> None:
         for _ in range(steps):
@@ -124,6 +139,8 @@ class Machine(RuleBasedStateMachine):
         assert stats.pages_used == stats.running == stats.waiting == stats.queued_tokens == 0, (
             "something leaked"
         )
+        assert set(stats.resident_adapters) <= set(self.world.adapters), "an unloaded adapter has a slot"
+        assert stats.waiting_adapters == []
         started = [prompt for name, (prompt, _, _) in self.requests.items() if self.world.outputs[name]]
         assert stats.prompt_tokens == sum(map(len, started)), "each prompt counts once, preempted or not"
         for name, (prompt, max_tokens, ignore_eos) in self.requests.items():

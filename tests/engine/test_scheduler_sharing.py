@@ -44,19 +44,31 @@ def test_requests_that_arrive_together_compute_a_shared_prefix_once() -> None:
 
 
 def test_no_hit_across_salts_or_adapters() -> None:
-    world = World()
+    world = World(max_loras=1, num_pages=100)
     prompt = prompt_of(22)
     for name, fields in (
         ("a", {}),
         ("b", {"cache_salt": "x"}),
         ("c", {"cache_salt": "y"}),
         ("d", {"adapter": "x"}),
+        ("e", {"adapter": "y"}),
     ):
         world.add(request(name, prompt, **fields))
         world.run()
-    world.add(request("e", prompt, cache_salt="x"))
+    world.add(request("f", prompt, cache_salt="x"))
+    world.add(request("g", prompt, adapter="x"))
     world.run()
-    assert world.cached_tokens == {"a": 0, "b": 0, "c": 0, "d": 0, "e": 20}
+    assert world.cached_tokens == {"a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "f": 20, "g": 20}
+
+
+def test_an_adapter_that_takes_the_name_of_another_finds_none_of_its_pages() -> None:
+    world = World(max_loras=1)
+    world.add(request("old", prompt_of(22), adapter="x"))
+    world.run()
+    world.unload("x")
+    world.add(request("new", prompt_of(22), adapter="x"))
+    world.run()
+    assert world.cached_tokens == {"old": 0, "new": 0}
 
 
 def test_private_pages_are_offered_only_after_publish() -> None:

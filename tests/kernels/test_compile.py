@@ -17,7 +17,7 @@ import pytest
 from cabochon.kernels.ahead_of_time import SHARED_BYTES
 
 MODULES = ["prefill_attention", "decode_attention", "sample", "rms_norm sandwich_norm embed_norm geglu "
-           "qkv_rope_write quantize_rows prepare_inputs sampling_state"]  # fmt: skip
+           "qkv_rope_write quantize_rows prepare_inputs sampling_state lora"]  # fmt: skip
 COMPILE = """
 import importlib, json, sys
 from cabochon.kernels.ahead_of_time import compile_spec

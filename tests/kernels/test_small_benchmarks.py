@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import bench_embed_norm
 import bench_geglu
+import bench_lora
 import bench_prepare_inputs
 import bench_qkv_rope_write
 import bench_quantize_rows
@@ -22,6 +23,7 @@ CASES: dict[str, Callable[[], Iterable[Case]]] = {
     "qkv_rope_write, bf16": lambda: bench_qkv_rope_write.cases("270M", 3, False, "cpu"),
     "qkv_rope_write, e4m3": lambda: bench_qkv_rope_write.cases("270M", 3, True, "cpu"),
     "quantize_rows": lambda: bench_quantize_rows.cases(3, 640, "cpu"),
+    "lora": lambda: bench_lora.cases("270M qkv", 3, 2, 16, "cpu"),
     "prepare_inputs": lambda: bench_prepare_inputs.cases(3, 100, "cpu"),
     **{
         f"sample, {kind}": lambda kind=kind: bench_sample.cases(kind, 2, 3000, 2048, "cpu")
@@ -63,3 +65,6 @@ def test_bytes_by_hand() -> None:
     assert ours.moved_bytes == 3 * (6 * 256 * 2 + 4 * 256 * 2 + 2 * (256 + 4) + 256 * 4)
     (ours, _) = bench_quantize_rows.cases(3, 640, "cpu")
     assert ours.moved_bytes == 3 * 640 * (2 + 1) + 3 * 4
+    (ours, _) = bench_lora.cases("270M qkv", 3, 2, 16, "cpu")
+    assert ours.shape["adapter_bytes"] == 2 * 16 * (3 * 640 + 1536) * 2
+    assert ours.moved_bytes == 2 * 16 * (3 * 640 + 1536) * 2 + 3 * 640 * 2 + 2 * 3 * 1536 * 2

@@ -9,6 +9,7 @@ from fake_server import COMPLETIONS, LiveServer, fake_service, request_bytes, wa
 from prometheus_client.parser import text_string_to_metric_families
 
 from cabochon.engine.errors import ComputeError
+from cabochon.engine.fake import FAKE_INFO, FakeEngine
 from cabochon.engine.messages import EngineStats
 
 GAUGES = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
@@ -86,6 +87,40 @@ def test_cache_config_multiplies_to_tokens(shared: LiveServer) -> None:
     assert family.samples[0].value == 1
     tokens = int(labels["block_size"]) * int(labels["num_gpu_blocks"])
     assert tokens == shared.engine.info.kv_capacity_tokens
+
+
+def lora_info(live: LiveServer) -> tuple[dict[str, str], float]:
+    """Labels and value of the one series."""
+    text = live.http.get("/metrics").text
+    (family,) = [f for f in text_string_to_metric_families(text) if f.name == "vllm:lora_requests_info"]
+    (sample,) = family.samples
+    assert family.type == "gauge"
+    return sample.labels, sample.value
+
+
+def test_adapters_are_in_slots_or_waited_for_and_the_value_is_the_time() -> None:
+    with LiveServer(engine=FakeEngine(replace(FAKE_INFO, max_loras=3))) as live:
+        before_s = time.time()
+        labels, value = lora_info(live)
+        assert labels == {"max_lora": "3", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        assert before_s <= value <= time.time()
+        live.engine.snapshot = replace(
+            live.engine.snapshot, resident_adapters=["b", "org/a", "b"], waiting_adapters=["c", "b", "d", "c"]
+        )
+        labels, later = lora_info(live)
+        assert later > value
+        assert labels == {
+            "max_lora": "3",
+            "running_lora_adapters": "b,org/a",
+            "waiting_lora_adapters": "c,d",  # b, in both, would take two of the picker's three places
+        }
+
+
+def test_any_adapters_name_comes_back_from_the_metric() -> None:
+    names = ["a b", 'quo"te', "back\\slash", "{x}=1", "é 宝石"]
+    with LiveServer(engine=FakeEngine(replace(FAKE_INFO, max_loras=3))) as live:
+        live.engine.snapshot = replace(live.engine.snapshot, resident_adapters=names)
+        assert lora_info(live)[0]["running_lora_adapters"].split(",") == names
 
 
 def test_a_finished_request_is_observed_once_everywhere(live: LiveServer) -> None:

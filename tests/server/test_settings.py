@@ -1,5 +1,6 @@
 """Flag over variable over file over default; what is not an option is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,52 @@ def test_switches_have_two_flags() -> None:
     assert load_settings(["--prefix-caching"]).engine.prefix_caching is True
 
 
-def test_a_list_is_a_repeated_flag_or_commas(tmp_path: Path) -> None:
-    given = load_settings(["--served-model-name", "a,b", "--served-model-name", "c"])
-    assert given.server.served_model_name == ("a", "b", "c")
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        ("--lora-modules a=/x", ["a=/x"]),
+        ("--lora-modules a=/x,b=/y", ["a=/x", "b=/y"]),
+        ("--lora-modules=a=/x,b=/y", ["a=/x", "b=/y"]),
+        ("--lora-modules a=/x b=/y --port 1", ["a=/x", "b=/y"]),
+        ("--lora-modules=a=/x b=/y c=/z", ["a=/x", "b=/y", "c=/z"]),
+        ("--lora-modules a=/x --port 1 --lora-modules b=/y", ["a=/x", "b=/y"]),
+        ("--lora-modules a=/x,1 b=/y", ["a=/x,1", "b=/y"]),
+        ("--lora-modules=a=/x,1 --lora-modules=b=/y", ["a=/x,1", "b=/y"]),
+        ("--lora-modules=", []),
+        ("--no-ui --lora-modules a=/x --no-prefix-caching", ["a=/x"]),
+    ],
+)
+def test_a_list_is_words_or_one_word_with_commas(flags: str, values: list[str]) -> None:
+    assert load_settings(flags.split()).engine.lora_modules == tuple(values)
+
+
+def test_words_of_a_list_end_at_the_next_flag() -> None:
+    flags = "--lora-modules a=/x b=/y --port 7 --served-model-name c d --no-ui"
+    settings = load_settings(flags.split())
+    assert settings.engine.lora_modules == ("a=/x", "b=/y")
+    assert settings.server.served_model_name == ("c", "d")
+    assert (settings.server.port, settings.server.ui) == (7, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("[a=/x, b=/y]", ["a=/x", "b=/y"]),
+        ("a=/x,b=/y", ["a=/x", "b=/y"]),
+        ("['a=/x,1']", ["a=/x,1"]),
+        ("[]", []),
+        ("''", []),
+    ],
+)
+def test_a_list_in_a_file_or_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, values: list[str]
+) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("served_model_name: [a, b]\n")
-    assert load_settings(["--config", str(file)]).server.served_model_name == ("a", "b")
+    file.write_text(f"lora_modules: {text}\n")
+    assert load_settings(["--config", str(file)]).engine.lora_modules == tuple(values)
+    monkeypatch.setenv("CABOCHON_LORA_MODULES", "v=/v,w=/w")
+    assert load_settings(["--config", str(file)]).engine.lora_modules == ("v=/v", "w=/w")
+    assert load_settings(["--lora-modules", "f=/f"]).engine.lora_modules == ("f=/f",)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +101,13 @@ def test_a_list_is_a_repeated_flag_or_commas(tmp_path: Path) -> None:
         (["--max-seqs"], "expected one argument"),
         (["--max-seqs", "many"], "max_seqs: Input should be a valid integer.* got many"),
         (["extra"], "unrecognized arguments: extra"),
+        (["--port", "1", "extra", "--lora-modules", "a=/x"], "unrecognized arguments: extra"),
+        (["--lora-modules"], "--lora-modules must be followed by a value: add it"),
+        (["--lora-modules", "--port", "1"], "--lora-modules must be followed by a value"),
+        (["--lora-modules", "a"], "lora_modules must be NAME=PATH, got a:"),
+        (["--lora-modules", "demo=/x"], "must not be a name of the model itself, got demo: choose another"),
+        (["--served-model-name=g", "--lora-modules=g=/x"], "must not be a name of the model itself, got g"),
+        (["--lora-modules", "a,b=/x", "c=/y"], "a name of lora_modules must have 1 to 256 .*, got a,b"),
         (["--device", "tpu"], "device: Input should be 'auto'"),
         (["--port", "99999"], r"port must be in \[0, 65535\], got 99999"),
         (["--page-tokens", "24"], "page_tokens must be a power of two, got 24"),
@@ -123,6 +171,8 @@ def test_help_lists_every_option() -> None:
     text = option_help()
     for name in ("--max-seqs", "--served-model-name", "--drain-timeout-s"):
         assert name in text
+    (line,) = [line for line in text.splitlines() if "--lora-modules" in line]
+    assert re.split(r"  +", line.strip()) == ["--lora-modules", "A B ... or A,B", "default none"]
 
 
 @pytest.mark.parametrize(
