@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cabochon.engine.adapters.deltas import AdapterWeights, TorchAdapterWeights
+from cabochon.engine.adapters.merge import open_weights
 from cabochon.engine.adapters.peft_format import read_adapter
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.attention import Backend, make_attention
@@ -28,7 +29,7 @@ from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.messages import EngineInfo
-from cabochon.engine.models.checkpoint import Checkpoint
+from cabochon.engine.models.checkpoint import Weights
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma, LoadTensor
 from cabochon.engine.models.hf_config import load_model_config
@@ -62,7 +63,7 @@ def load_engine(
     on_progress: Progress | None = None,
     *,
     expects_grammars: bool = False,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Weights | None = None,
 ) -> tuple[EngineCore, EngineInfo]:
     """Load the checkpoint in `model_dir`. Raises ModelError, or ConfigError before anything is loaded.
 
@@ -90,7 +91,7 @@ def load_engine(
     adapters = Adapters(read if config.takes_adapters else None)
     adapter_infos = [adapters.load(*split_module("lora_modules", one)) for one in config.lora_modules]
     grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
-    weights = checkpoint or Checkpoint(model_dir)
+    weights = checkpoint or open_weights(config, model_dir, model_config)
     make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
     model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, dtype, kv_dtype, backend, grammars, adapters)
@@ -179,7 +180,7 @@ def _settle_max_model_len(config: EngineConfig, wanted: int, layout: KVLayout, n
 def _load_model(
     make_model: Callable[[ModelConfig, LoadTensor, int], Gemma],
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,

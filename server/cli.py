@@ -1,8 +1,9 @@
-"""The command: cabochon serve | generate | verify | config | version. See `cabochon --help`."""
+"""The command: cabochon serve | generate | verify | adapters | config | version. See `cabochon --help`."""
 
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ USAGE = """cabochon COMMAND [--option VALUE ...]
   serve              OpenAI-compatible server at http://HOST:PORT/v1
   generate PROMPT    continue a prompt in the terminal
   verify [MODEL]     compare logits and greedy tokens with transformers, on this machine and these weights
+  adapters [PATH ..] check LoRA adapters: rank, base model, bytes, or why one is refused
   config             print the settings that the options give, as YAML
   version            print the version
 
@@ -61,6 +63,12 @@ def main() -> None:
 
 
 def _run(command: str, args: list[str]) -> int:
+    if command == "adapters":
+        num_paths = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+        paths, flags = args[:num_paths], args[num_paths:]
+        options = json.dumps(dataclasses.asdict(load_settings(flags).engine))
+        # Needs torch, as verify does
+        os.execv(sys.executable, [sys.executable, "-m", "cabochon.engine.adapters.show", options, *paths])
     prompt = args.pop(0) if command == "generate" and args and not args[0].startswith("--") else ""
     settings = load_settings(args)
     if command == "config":

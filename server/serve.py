@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -16,12 +17,14 @@ import uvicorn
 from tqdm import tqdm
 
 from cabochon.engine.client import EngineClient
+from cabochon.engine.config import split_module
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
 from cabochon.server.adapters import check_directory
 from cabochon.server.app import build_app
 from cabochon.server.auth import ApiKeys
+from cabochon.server.config import ServerConfig
 from cabochon.server.head_limit import LimitedHead
 from cabochon.server.prompts import load_prompts
 from cabochon.server.service import VERSION, Service
@@ -84,10 +87,18 @@ async def serve(settings: Settings) -> int:
             raise
         client = engine.result()
         try:
-            service = Service(client, prompts.result(), settings.server, lora_dir=settings.engine.lora_dir)
+            service = Service(client, prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
             return await serve_engine(service, sock)
         finally:
             await client.shutdown()
+
+
+def named(settings: Settings) -> ServerConfig:
+    """The server's options; a merged adapter's name is the model's, unless names are given."""
+    if settings.engine.merge_lora is None or settings.server.served_model_name:
+        return settings.server
+    name, _ = split_module("merge_lora", settings.engine.merge_lora)
+    return dataclasses.replace(settings.server, served_model_name=(name,))
 
 
 def _exit_now(number: int) -> None:

@@ -56,6 +56,7 @@ def make_adapter(
         "lora_alpha": 2 * rank if alpha is None else alpha,
         "use_rslora": rslora,
         "target_modules": list(targets),
+        "layers_to_transform": None if layers is None else list(layers),
         "bias": "none",
         "inference_mode": True,
         **config,

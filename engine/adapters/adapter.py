@@ -67,3 +67,9 @@ def linear_shapes(model: ModelConfig) -> dict[LinearName, LinearShape]:
         "gate_up": LinearShape(E, (F, 2 * F)),
         "down": LinearShape(F, (E,)),
     }
+
+
+def slot_bytes(model: ModelConfig, rank: int, itemsize: int) -> int:
+    """Of an adapter of that rank on every module: its own at most, and what a slot on a GPU takes."""
+    sizes = [len(PARTS[name]) * shape.k + shape.n for name, shape in linear_shapes(model).items()]
+    return model.num_layers * rank * sum(sizes) * itemsize

@@ -8,7 +8,7 @@ import json
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,22 @@ from cabochon.engine.errors import BadCheckpoint
 
 CPU = torch.device("cpu")
 IGNORED = {"lm_head.weight"}  # tied to the embedding; some exporters write it all the same
+
+
+class Weights(Protocol):
+    """What a model is loaded from: a checkpoint, or something that stands before one."""
+
+    @property
+    def num_elements(self) -> int:
+        """Of all its tensors."""
+
+    def load(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
+    ) -> Tensor:
+        """As `Checkpoint.load`."""
+
+    def close(self) -> None:
+        """As `Checkpoint.close`."""
 
 
 class Checkpoint:

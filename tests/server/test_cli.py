@@ -1,5 +1,7 @@
 """The command line: what it prints and how it exits."""
 
+import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from tiny_tokenizer import tiny_tokenizer
 
+from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ModelNotFound
 from cabochon.engine.fake import FakeEngine
 from cabochon.server import cli
@@ -57,7 +60,7 @@ def test_help_lists_commands_and_options(
 ) -> None:
     assert run(monkeypatch, *args) == 0
     text = capsys.readouterr().out
-    for word in ("serve", "generate", "verify", "config", "version", "--max-seqs", "CABOCHON_*"):
+    for word in ("serve", "generate", "verify", "adapters", "config", "version", "--max-seqs", "CABOCHON_*"):
         assert word in text
 
 
@@ -99,6 +102,7 @@ def test_generate_streams_prompt_and_answer(
         (("dance",), 2, "dance is not a command"),
         (("generate",), 2, "generate must be followed by a prompt"),
         (("serve", "--max-seq", "2"), 2, "did you mean --max-seqs"),
+        (("adapters", "x", "--max-lora", "2"), 2, "did you mean --max-loras"),
         (("config", "--port", "99999"), 2, "port must be in"),
     ],
 )
@@ -149,6 +153,26 @@ def test_verify_becomes_another_program(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cli.os, "execv", execv)
     assert run(monkeypatch, "verify", "demo") == 0
     assert seen == [[sys.executable, "-m", "cabochon.engine.models.verify", "demo"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "paths"), [(["a", "b", "--max-loras", "3"], ["a", "b"]), (["--max-loras=3"], [])], ids=str
+)
+def test_adapters_becomes_another_program_that_has_the_engines_options(
+    monkeypatch: pytest.MonkeyPatch, args: list[str], paths: list[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def execv(_path: str, command: list[str]) -> None:
+        seen.append(command)
+        sys.exit(0)
+
+    monkeypatch.setattr(cli.os, "execv", execv)
+    assert run(monkeypatch, "adapters", *args) == 0
+    ((*start, options), *_) = [command[:4] for command in seen]
+    assert start == [sys.executable, "-m", "cabochon.engine.adapters.show"]
+    assert json.loads(options) == json.loads(json.dumps(dataclasses.asdict(EngineConfig(max_loras=3))))
+    assert seen[0][4:] == paths
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
