@@ -1,0 +1,48 @@
+"""Real servers for a gateway: tiny models in fp32, two rows each so that a third request waits."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway import PROBE_INTERVAL_S, Gateway
+from real_server import RealServer
+from tools import need_gateway_tools
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "fp32",
+    "kv_cache_gib": 0.02,
+    "max_seqs": 2,
+    "served_model_name": "demo",
+    "lame_duck_s": 3 * PROBE_INTERVAL_S,
+    "drain_timeout_s": 30,
+}
+
+
+@pytest.fixture(scope="session")
+def three(long_gemma2_dir: Path) -> Iterator[list[RealServer]]:
+    """Servers that outlive every test."""
+    need_gateway_tools()
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        servers = [RealServer(long_gemma2_dir, **OPTIONS) for _ in range(3)]
+        for server in threads.map(RealServer.__enter__, servers):
+            stack.push(server)
+        yield servers
+
+
+@pytest.fixture
+def mortal(long_gemma2_dir: Path) -> Iterator[RealServer]:
+    """A fourth, for a test to end."""
+    need_gateway_tools()
+    with RealServer(long_gemma2_dir, **OPTIONS) as server:
+        yield server
+
+
+@pytest.fixture
+def gateway(three: list[RealServer]) -> Iterator[Gateway]:
+    """Its pool are the three; a saturated pool holds requests for three seconds."""
+    urls = [server.url for server in three]
+    with Gateway(*urls, probe_interval_s=PROBE_INTERVAL_S, queue_ttl_s=3) as one:
+        yield one
