@@ -4,21 +4,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from gateway import PROBE_INTERVAL_S, Gateway
+from gateway import OPTIONS, PROBE_INTERVAL_S, Gateway
 from real_server import RealServer
 from tools import need_gateway_tools
-
-OPTIONS: dict[str, Any] = {
-    "dtype": "fp32",
-    "kv_cache_gib": 0.02,
-    "max_seqs": 2,
-    "served_model_name": "demo",
-    "lame_duck_s": 3 * PROBE_INTERVAL_S,
-    "drain_timeout_s": 30,
-}
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,14 @@ SERVED = "x-gateway-destination-endpoint-served"
 DROPPED = "x-llm-d-request-dropped-reason"
 START_S = 30
 PROBE_INTERVAL_S = 0.5  # of the picker that tests start
+OPTIONS: dict[str, Any] = {  # of servers behind a gateway: tiny models, a third request waits
+    "dtype": "fp32",
+    "kv_cache_gib": 0.02,
+    "max_seqs": 2,
+    "served_model_name": "demo",
+    "lame_duck_s": 3 * PROBE_INTERVAL_S,
+    "drain_timeout_s": 30,
+}
 ENVOY_OPTIONS = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "warning")
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from scheduling import Scheduler, Weights, saturation
 DESTINATION = "x-gateway-destination-endpoint"
 SERVED = "x-gateway-destination-endpoint-served"
 DROPPED = "x-llm-d-request-dropped-reason"
-CONTROL_HEADERS = [
+CONTROL_HEADERS = (  # for the picker alone
     *("x-llm-d-inference-objective", "x-llm-d-inference-fairness-id", "x-llm-d-model-name-rewrite"),
+    *("x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms", "x-slo-ttft-ms", "x-slo-tpot-ms"),
     *("x-gateway-inference-objective", "x-gateway-inference-fairness-id", "x-gateway-model-name-rewrite"),
-]  # for the picker alone
+)
 PIECE_BYTES = 62_000  # of a body: messages to Envoy stay under 64 KiB
 HOLD_INTERVAL_S = 0.005  # between looks at a saturated pool
 
@@ -138,7 +139,7 @@ def header(headers: ext_proc.HttpHeaders, name: str) -> str:
     return ""
 
 
-def set_headers(values: dict[str, str], remove: list[str] | None = None) -> ext_proc.HeaderMutation:
+def set_headers(values: dict[str, str], remove: Sequence[str] = ()) -> ext_proc.HeaderMutation:
     """Overwrites: a client could have sent them."""
     return ext_proc.HeaderMutation(
         remove_headers=remove,
