@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 from fake_server import wait_until
-from gateway import DROPPED, PROBE_INTERVAL_S, SERVED, Gateway, address
+from gateway import DROPPED, OPTIONS, PROBE_INTERVAL_S, SERVED, Gateway, address
 from real_server import RealServer
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ NAME = "demo"
 PREFIX = (
     "Each replica keeps the pages of what it has read. " * 12
 )  # two whole chunks of the picker's, and more
-LONG: dict[str, Any] = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}}  # seconds
+LONG: dict[str, Any] = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}  # seconds
 STALE_S = 0.4  # the picker's threshold and what a busy machine adds
 NUMBERS = count()
 
@@ -259,13 +259,13 @@ def test_a_replica_that_drains_gets_nothing_new_and_loses_nothing(
         assert stream.response.headers[SERVED] == address(mortal.url)
         mortal.process.terminate()
         begun_s = time.monotonic()
-        answered = []  # no request fails, or the client raises
-        while (elapsed_s := time.monotonic() - begun_s) < 3:
-            answered.append((elapsed_s, server_of(client, PREFIX)))
-        by_mortal = [elapsed_s for elapsed_s, server in answered if server == address(mortal.url)]
-        assert max(by_mortal, default=0.0) < PROBE_INTERVAL_S + STALE_S
-        assert len(answered) - len(by_mortal) > 10
-        assert {server for _, server in answered[-3:]} < set(addresses(three))
+        served_s, by_others = [0.0], 0
+        while (elapsed_s := time.monotonic() - begun_s) < 2 * OPTIONS["lame_duck_s"] or by_others < 10:
+            if server_of(client, PREFIX) == address(mortal.url):  # raises if it is refused
+                served_s.append(elapsed_s)
+            else:
+                by_others += 1
+        assert max(served_s) < OPTIONS["lame_duck_s"]
         chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
     assert mortal.exit_code() == 0
@@ -282,12 +282,11 @@ def test_a_replica_that_dies_is_avoided_within_the_staleness_threshold(
         killed_s = time.monotonic()
         with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
             text_of(stream)
-        failed, answered = [], []
-        while (elapsed_s := time.monotonic() - killed_s) < 2:
+        answered: list[str] = []
+        while len(answered) < 10:
+            elapsed_s = time.monotonic() - killed_s
             try:
                 answered.append(server_of(client, PREFIX))
             except openai.InternalServerError:  # Envoy could not connect
-                failed.append(elapsed_s)
-        assert max(failed, default=0.0) < STALE_S
+                assert elapsed_s < STALE_S
         assert set(answered) <= set(addresses(three))
-        assert len(answered) > 10
