@@ -290,3 +290,15 @@ def test_a_replica_that_dies_is_avoided_within_the_staleness_threshold(
             except openai.InternalServerError:  # Envoy could not connect
                 assert elapsed_s < STALE_S
         assert set(answered) <= set(addresses(three))
+
+
+@pytest.mark.xfail(strict=True, reason="/metrics stays 200 and looks idle when the engine is dead")
+def test_a_replica_whose_engine_dies_is_avoided_before_any_probe(
+    three: list[RealServer], mortal: RealServer
+) -> None:
+    urls = [mortal.url, *(server.url for server in three)]
+    with Gateway(*urls, probe_interval_s=60) as gateway, gateway.client() as client:
+        wait_until_seen(gateway, mortal, *three)
+        mortal.engine.kill()
+        time.sleep(STALE_S)
+        assert {server_of(client) for _ in range(8)} == set(addresses(three))
