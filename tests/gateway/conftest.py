@@ -11,9 +11,9 @@ from real_server import RealServer
 from tools import need_gateway_tools
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def three(long_gemma2_dir: Path) -> Iterator[list[RealServer]]:
-    """Servers that outlive every test."""
+    """Servers that outlive every test of a file."""
     need_gateway_tools()
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         servers = [RealServer(long_gemma2_dir, **OPTIONS) for _ in range(3)]
