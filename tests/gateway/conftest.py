@@ -1,12 +1,10 @@
 """Real servers for a gateway: tiny models in fp32, two rows each so that a third request waits."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from gateway import OPTIONS, PROBE_INTERVAL_S, Gateway
+from gateway import OPTIONS, PROBE_INTERVAL_S, Gateway, started
 from real_server import RealServer
 from tools import need_gateway_tools
 
@@ -15,10 +13,8 @@ from tools import need_gateway_tools
 def three(long_gemma2_dir: Path) -> Iterator[list[RealServer]]:
     """Servers that outlive every test of a file."""
     need_gateway_tools()
-    with ExitStack() as stack, ThreadPoolExecutor() as threads:
-        servers = [RealServer(long_gemma2_dir, **OPTIONS) for _ in range(3)]
-        for server in threads.map(RealServer.__enter__, servers):
-            stack.push(server)
+    servers = [RealServer(long_gemma2_dir, **OPTIONS) for _ in range(3)]
+    with started(servers):
         yield servers
 
 

@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -35,6 +36,17 @@ ENVOY_OPTIONS = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "
 def address(url: str) -> str:
     """host:port of a server's URL, as the picker writes it."""
     return url.removeprefix("http://")
+
+
+@contextmanager
+def started(servers: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    """All of them at once: each takes seconds to start."""
+    with ExitStack() as stack:
+        with ThreadPoolExecutor() as threads:
+            tasks = [threads.submit(stack.enter_context, server) for server in servers]
+        for task in tasks:
+            task.result()
+        yield
 
 
 class Gateway:
