@@ -192,8 +192,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", responses=METRICS)
     async def metrics() -> Response:
-        """Prometheus text format."""
-        return Response(service.metrics.render(), media_type=METRICS_TYPE)
+        """Prometheus text format; 503 from a dead engine."""
+        status, text = service.scrape()
+        return Response(text, status, media_type=METRICS_TYPE)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -17,6 +17,7 @@ from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import ConfigError, EngineError, ModelError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.server.config import RayConfig
 from cabochon.server.logs import set_up_logging
 from cabochon.server.prompts import load_prompts
 from cabochon.server.serve import find_model, serve, start_engine
@@ -72,10 +73,13 @@ def _run(command: str, args: list[str]) -> int:
     prompt = args.pop(0) if command == "generate" and args and not args[0].startswith("--") else ""
     settings = load_settings(args)
     if command == "config":
-        merged = {**dataclasses.asdict(settings.engine), **dataclasses.asdict(settings.server)}
+        merged = {name: value for config in settings for name, value in dataclasses.asdict(config).items()}
         print(yaml.safe_dump(merged, sort_keys=False), end="")
         return 0
     if command == "serve":
+        if settings.ray != RayConfig():
+            raise ConfigError("options of replicas must be given to Ray Serve, cabochon serve is one server:"
+                              " leave num_replicas, num_gpus, num_cpus and replicas_per_node out")
         set_up_logging(settings.server.log_format, settings.server.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings))

@@ -39,3 +39,23 @@ class ServerConfig:
         for name in ("lame_duck_s", "drain_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be 0 or more seconds, got {getattr(self, name)}: raise it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """What Ray Serve is told about replicas. Raises ConfigError on a value out of range."""
+
+    num_replicas: int | None = None  # replicas in the cluster; None: 1, or what Serve's own options say
+    num_gpus: float | None = None  # GPUs that a replica reserves; None: 1 if device is cuda, else 0
+    num_cpus: float = 1.0  # CPUs that a replica reserves, engine included; it is not kept from using more
+    replicas_per_node: int = 1  # at most, each on a port of its own; a pod is a node
+
+    def __post_init__(self) -> None:
+        for name in ("num_replicas", "replicas_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}: raise it")
+        for name in ("num_gpus", "num_cpus"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1024:
+                raise ConfigError(f"{name} must be 0 or more, got {value}: correct it")

@@ -69,28 +69,36 @@ async def start_engine(settings: Settings, directory: Path) -> EngineClient:
 
 async def serve(settings: Settings) -> int:
     """Run until a signal or the engine's death. Returns the exit code."""
-    _raise_file_limit(settings.server.max_queued_requests)
     loop = asyncio.get_running_loop()
     for number in SIGNALS:  # until it serves: nothing is open that could be lost
         loop.add_signal_handler(number, _exit_now, number)
-    # What a wrong option breaks is found before minutes of loading
-    ApiKeys(settings.server.api_key_file)
-    check_directory(settings.engine.lora_dir)
+    raise_file_limit(settings.server.max_queued_requests)
+    check_files(settings)
     with bind(settings.server.host, settings.server.port) as sock:
-        directory = await find_model(settings)
-        prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
-        engine = asyncio.create_task(start_engine(settings, directory))
+        service = await start_service(settings)
         try:
-            await asyncio.gather(prompts, engine)
-        except BaseException:
-            engine.cancel()
-            raise
-        client = engine.result()
-        try:
-            service = Service(client, prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
             return await serve_engine(service, sock)
         finally:
-            await client.shutdown()
+            await service.engine.shutdown()
+
+
+def check_files(settings: Settings) -> None:
+    """What a wrong option breaks is found before minutes of loading. Raises ConfigError."""
+    ApiKeys(settings.server.api_key_file)
+    check_directory(settings.engine.lora_dir)
+
+
+async def start_service(settings: Settings) -> Service:
+    """A ready engine, with all that the app needs around it. The caller shuts the engine down."""
+    directory = await find_model(settings)
+    prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
+    engine = asyncio.create_task(start_engine(settings, directory))
+    try:
+        await asyncio.gather(prompts, engine)
+    except BaseException:
+        engine.cancel()
+        raise
+    return Service(engine.result(), prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
 
 
 def named(settings: Settings) -> ServerConfig:
@@ -107,7 +115,7 @@ def _exit_now(number: int) -> None:
     os._exit(128 + number)
 
 
-def _raise_file_limit(num_requests: int) -> None:
+def raise_file_limit(num_requests: int) -> None:
     """A connection is a file: without one it is closed unseen, probes included."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):

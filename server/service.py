@@ -82,6 +82,12 @@ class Service:
             )
         return name or self.names[0]
 
+    def scrape(self) -> tuple[int, bytes]:
+        """Status and text of /metrics. From a dead engine none: its last gauges would look idle to a picker."""
+        if self.engine.dead_reason() is not None:
+            return 503, b"# engine dead\n"
+        return 200, self.metrics.render()
+
     async def chat(self, body: ChatRequest, request_id: str) -> Job:
         """A job for POST /v1/chat/completions."""
         head = self._head("chatcmpl", body, request_id)

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +24,10 @@ from pydantic_settings import (
 from cabochon.engine.config import EngineConfig, split_module
 from cabochon.engine.errors import ConfigError
 from cabochon.server.adapters import problem_of_name
-from cabochon.server.config import ServerConfig
+from cabochon.server.config import RayConfig, ServerConfig
 
-Config = TypeVar("Config", ServerConfig, EngineConfig)
+Config = TypeVar("Config", ServerConfig, EngineConfig, RayConfig)
+CONFIGS = (EngineConfig, ServerConfig, RayConfig)
 PREFIX = "CABOCHON_"
 CONFIG_FLAG = "config"
 SERVICE_LINK = re.compile(
@@ -39,15 +40,54 @@ class Settings(NamedTuple):
 
     server: ServerConfig
     engine: EngineConfig
+    ray: RayConfig = RayConfig()
 
 
 def load_settings(args: Sequence[str]) -> Settings:
     """args: flags, such as ["--max-seqs", "8", "--config", "file.yaml"]. Raises ConfigError."""
     file, flags = _take_config_flag(list(args))
+    _check_environment()
+    return _checked({**_from_file(file), **_from_environment(), **_from_flags(flags)})
+
+
+def load_arguments(args: Mapping[str, Any]) -> Settings:
+    """args: by name, as a Serve application gets them: words from a command line, or typed from YAML.
+
+    They beat variables. Raises ConfigError.
+    """
+    for name in args:
+        if name not in _fields():
+            raise ConfigError(_not_an_option(name, sorted(_fields())))
+    _check_environment()
+    return _checked({**_from_environment(), **args})
+
+
+def check_same_environment(args: Mapping[str, Any], settings: Settings) -> None:
+    """Raises ConfigError if a variable of this process says other than `settings`, made elsewhere from `args`.
+
+    A variable that the application was built without would be ignored on the nodes that have it.
+    """
+    ours, theirs = as_arguments(load_arguments(args)), as_arguments(settings)
+    for name in _fields():
+        if PREFIX + name.upper() in _environment() and ours[name] != theirs[name]:
+            raise ConfigError(
+                f"{PREFIX}{name.upper()} must be the same where the application is built and on every node,"
+                f" it is {ours[name]} here and {theirs[name]} there: set it on the head too, or in args"
+            )
+
+
+def as_arguments(settings: Settings) -> dict[str, Any]:
+    """All options by name, as `load_arguments` takes them."""
+    return {name: getattr(config, name) for config in settings for name in _names(type(config))}
+
+
+def _check_environment() -> None:
     unknown = [name for name in _environment() if name not in _variables()]
     if unknown:
         raise ConfigError(_not_an_option(unknown[0], sorted(_variables())))
-    values = {**_from_file(file), **_from_environment(), **_from_flags(flags)}
+
+
+def _checked(values: dict[str, Any]) -> Settings:
     try:
         checked = _model()(**values)
     except ValidationError as error:
@@ -55,7 +95,7 @@ def load_settings(args: Sequence[str]) -> Settings:
         name = first["loc"][0] if first["loc"] else "an option"
         raise ConfigError(f"{name}: {first['msg']}, got {values.get(str(name))}") from None
     given = {name: getattr(checked, name) for name in _fields()}
-    settings = Settings(_build(ServerConfig, given), _build(EngineConfig, given))
+    settings = Settings(_build(ServerConfig, given), _build(EngineConfig, given), _build(RayConfig, given))
     _check_adapter_names(settings)
     return settings
 
@@ -78,6 +118,24 @@ def set_process_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def set_ray_environment(settings: Settings) -> None:
+    """What direct ingress needs, for a Ray that this process starts: its processes inherit it.
+
+    Before ray.serve is imported. On a cluster the same is set on head and workers (docs/ray-serve.md).
+    """
+    set_process_environment()
+    first, server = settings.server.port, settings.server
+    for name, value in (
+        ("ENABLE_DIRECT_INGRESS", "1"),
+        ("DIRECT_INGRESS_MIN_HTTP_PORT", str(first)),
+        ("DIRECT_INGRESS_MAX_HTTP_PORT", str(first + settings.ray.replicas_per_node)),  # exclusive
+        ("DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", str(server.lame_duck_s)),
+        ("PORT_QUARANTINE_S", "0"),
+        ("HTTP_PROXY_CALLBACK_IMPORT_PATH", "cabochon.server.fast_path.middlewares"),
+    ):
+        os.environ.setdefault(f"RAY_SERVE_{name}", value)
+
+
 def option_help() -> str:
     """All flags with their defaults, one a line."""
     return "\n".join(
@@ -87,14 +145,18 @@ def option_help() -> str:
 
 
 def _fields() -> dict[str, Any]:
-    fields = [field for cls in (EngineConfig, ServerConfig) for field in dataclasses.fields(cls)]
+    fields = [field for cls in CONFIGS for field in dataclasses.fields(cls)]
     names = [field.name for field in fields]
-    assert len(set(names)) == len(names), "an option is in both configs"
+    assert len(set(names)) == len(names), "an option is in two configs"
     return {field.name: field for field in fields}
 
 
 def _build(kind: type[Config], given: dict[str, Any]) -> Config:
-    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
+    return kind(**{name: given[name] for name in _names(kind)})
+
+
+def _names(kind: type[Config]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _variables() -> set[str]:

@@ -1,0 +1,111 @@
+"""Probes and scrapes of a Ray Serve replica, answered before Serve's admission.
+
+ASGI middleware that Serve puts around a replica's HTTP server, and around the proxy on the head, where it has no
+engine to speak of (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH). It runs on Serve's loop; engine and app belong to
+another loop and thread, so all it does is read.
+"""
+
+import asyncio
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cabochon.server.app import METRICS_TYPE
+from cabochon.server.service import Service
+from cabochon.server.streaming import JsonResponse
+
+SERVE_HEALTH = "/-/healthz"  # Serve's own answer on a replica's port
+DRAINING = b"DRAINING"  # it says so with 503 from the moment that the replica is to stop
+
+
+class Replica:
+    """What this process serves, if it is a replica, and the server that Serve has put in front of it."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+        self._server: tuple[ASGIApp, asyncio.AbstractEventLoop] | None = None
+
+    def put_in_front(self, server: ASGIApp) -> None:
+        """Called on the server's loop."""
+        self._server = server, asyncio.get_running_loop()
+
+    async def is_draining(self) -> bool:
+        """Whether Serve wants the replica to end. Nobody tells user code, so ask. From any loop."""
+        if self._server is None:
+            return False
+        server, loop = self._server
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_says_draining(server), loop))
+
+
+replica = Replica()  # one per process; empty in the head's proxy
+
+
+class FastPath:
+    """/metrics, /health and /-/healthz from the last snapshot; all else passes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        replica.put_in_front(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        response: Response | None = None
+        if path == "/metrics":
+            response = _metrics()
+        elif path in ("/health", SERVE_HEALTH):
+            response = _health(path)
+            if response is None:  # the engine is well: what remains is whether Serve drains
+                scope = {**scope, **_at(scope.get("root_path", "") + SERVE_HEALTH)}
+        await (response or self._app)(scope, receive, send)
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve calls in each process with an HTTP server."""
+    return [Middleware(FastPath)]
+
+
+def _metrics() -> Response:
+    if replica.service is None:
+        return PlainTextResponse("only replicas have metrics: scrape their ports\n", 404)
+    status, text = replica.service.scrape()
+    return Response(text, status, media_type=METRICS_TYPE)
+
+
+def _health(path: str) -> Response | None:
+    """Nothing if it is Serve's turn to answer."""
+    if replica.service is None:
+        return None if path == SERVE_HEALTH else PlainTextResponse("only replicas have /health\n", 404)
+    status, word = replica.service.lifecycle.health()
+    return None if status == 200 else JsonResponse({"status": word}, status)
+
+
+def _at(path: str) -> dict[str, Any]:
+    return {"path": path, "raw_path": path.encode()}
+
+
+async def _says_draining(server: ASGIApp) -> bool:
+    scope: MutableMapping[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [],
+        **_at(SERVE_HEALTH),
+    }
+    body = b""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    await server(scope, receive, send)
+    return body == DRAINING
