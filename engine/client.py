@@ -182,7 +182,11 @@ class EngineClient(Engine):
         await self._ask(UnloadAdapter(reply_to=self._next_question(), name=name))
 
     def stats(self) -> EngineStats:
-        return self._stats
+        """Requests that the last snapshot does not know yet are waiting: a hung engine does not look idle."""
+        waiting = len(self._streams) - self._stats.running
+        if waiting <= self._stats.waiting:
+            return self._stats
+        return dataclasses.replace(self._stats, waiting=waiting)
 
     def dead_reason(self) -> str | None:
         return self._dead_reason

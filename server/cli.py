@@ -78,8 +78,10 @@ def _run(command: str, args: list[str]) -> int:
         return 0
     if command == "serve":
         if settings.ray != RayConfig():
-            raise ConfigError("options of replicas must be given to Ray Serve, cabochon serve is one server:"
-                              " leave num_replicas, num_gpus, num_cpus and replicas_per_node out")
+            raise ConfigError(
+                "options of replicas must be given to Ray Serve, cabochon serve is one server:"
+                " leave num_replicas, num_gpus, num_cpus and replicas_per_node out"
+            )
         set_up_logging(settings.server.log_format, settings.server.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings))

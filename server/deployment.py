@@ -1,8 +1,8 @@
-"""Ray Serve: `serve run cabochon.server.deployment:app_builder model=demo`, and an import_path of serveConfigV2.
+"""The Ray Serve application: `serve run cabochon.server.deployment:app_builder model=demo`.
 
-Direct ingress: each replica has an HTTP server on a port of its own, so that who picks a replica picks an engine.
-The same app as `cabochon serve`, in an actor; the engine is its child. Serve's limits on requests are out of the
-way: the engine admits.
+Direct ingress: each replica has an HTTP server on a port of its own, so that who picks a replica picks an
+engine. The same app as `cabochon serve`, in an actor; the engine is its child. Serve's limits on requests are
+out of the way: the engine admits.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 from cabochon.engine.errors import EngineDead
 from cabochon.server.app import build_app
 from cabochon.server.fast_path import replica
-from cabochon.server.ingress import check_direct_ingress, check_http, ports_free
+from cabochon.server.ingress import bind_at_once, check_direct_ingress, check_http
 from cabochon.server.logs import set_up_logging
 from cabochon.server.serve import DEAD_ENGINE_EXIT_S, check_files, raise_file_limit, start_service
 from cabochon.server.settings import (
@@ -44,7 +44,7 @@ END_S = 5.0  # for last bytes, after the deadline of the drain
 def app_builder(args: Mapping[str, Any]) -> Application:
     """args: options by name, from `serve run` or `args:` of serveConfigV2. Raises ConfigError.
 
-    What Serve has options for (autoscaling_config, ray_actor_options) may be set on the deployment `cabochon`.
+    Serve's own options (autoscaling_config, ray_actor_options) may be set for the deployment `cabochon`.
     """
     settings = load_arguments(args)
     check_direct_ingress(settings)
@@ -70,15 +70,18 @@ def app_builder(args: Mapping[str, Any]) -> Application:
 class CabochonReplica:
     """One engine and its app in a Ray actor. Ready when `__init__` ends; Serve opens the port then."""
 
-    async def __init__(self, args: Mapping[str, Any], settings: Settings) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: Mapping[str, Any], settings: Settings
+    ) -> None:
         """Raises ConfigError if this node is not set up for it, before anything is loaded."""
         set_process_environment()
         set_up_logging(settings.server.log_format, settings.server.log_level)
         check_same_environment(args, settings)
-        host = check_http(settings)
+        check_http(settings)
+        bind_at_once()
         raise_file_limit(settings.server.max_queued_requests)
         check_files(settings)
-        self._service, _ = await asyncio.gather(start_service(settings), ports_free(host))
+        self._service = await start_service(settings)
         self._watcher = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

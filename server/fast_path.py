@@ -1,14 +1,15 @@
 """Probes and scrapes of a Ray Serve replica, answered before Serve's admission.
 
-ASGI middleware that Serve puts around a replica's HTTP server, and around the proxy on the head, where it has no
-engine to speak of (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH). It runs on Serve's loop; engine and app belong to
-another loop and thread, so all it does is read.
+ASGI middleware (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) around a replica's HTTP server, and around the
+proxy on the head, which has no engine. It runs on Serve's loop; engine and app belong to another loop and
+thread, so all it does is read.
 """
 
 import asyncio
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,7 +60,7 @@ class FastPath:
             response = _health(path)
             if response is None:  # the engine is well: what remains is whether Serve drains
                 scope = {**scope, **_at(scope.get("root_path", "") + SERVE_HEALTH)}
-        await (response or self._app)(scope, receive, send)
+        await (response or self._app)(scope, receive, _with_one_id(send))
 
 
 def middlewares() -> list[Middleware]:
@@ -84,6 +85,19 @@ def _health(path: str) -> Response | None:
 
 def _at(path: str) -> dict[str, Any]:
     return {"path": path, "raw_path": path.encode()}
+
+
+def _with_one_id(send: Send) -> Send:
+    """Serve puts its X-Request-Id beside the app's, which is the same."""
+
+    async def send_message(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if (request_id := headers.get("x-request-id")) is not None:
+                headers["X-Request-Id"] = request_id
+        await send(message)
+
+    return send_message
 
 
 async def _says_draining(server: ASGIApp) -> bool:

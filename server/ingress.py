@@ -1,16 +1,15 @@
-"""Is Ray set up so that a replica's port is the one that pickers and probes know? Said before weights are loaded.
+"""Is Ray set up so that a replica's port is the one that pickers and probes know? Before weights are loaded.
 
-Direct ingress is not documented: tests/server/test_ray_contract.py holds what is relied on here to the pinned Ray.
+Direct ingress is not documented: tests/server/test_ray_contract.py holds the pinned Ray to what is relied on.
 """
 
-import asyncio
-import errno
 import logging
 import socket
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import ray
-from ray.serve._private import constants
+from ray.serve._private import constants, http_util
 from ray.serve.config import HTTPOptions
 
 from cabochon.engine.errors import ConfigError
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 CALLBACK = "cabochon.server.fast_path.middlewares"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PORT_POLL_S = 0.5
 
 
 class _Rule(NamedTuple):
@@ -99,8 +97,8 @@ def ports() -> tuple[int, int]:
     )
 
 
-def check_http(settings: Settings) -> str:
-    """In a replica. Returns the address that its server will listen on. Raises ConfigError."""
+def check_http(settings: Settings) -> None:
+    """In a replica, before its server starts. Raises ConfigError."""
     check_direct_ingress(settings)
     controller = ray.get_actor(constants.SERVE_CONTROLLER_NAME, namespace=constants.SERVE_NAMESPACE)
     options: HTTPOptions = ray.get(controller.get_http_config.remote())
@@ -118,36 +116,21 @@ def check_http(settings: Settings) -> str:
         )
     if options.keep_alive_timeout_s < KEEP_ALIVE_S:
         logger.warning(
-            "http_options.keep_alive_timeout_s=%d is shorter than load balancers keep connections: set it to %d",
+            "http_options.keep_alive_timeout_s=%d is less than load balancers keep connections: set it to %d",
             options.keep_alive_timeout_s,
             KEEP_ALIVE_S,
         )
-    return host
 
 
-async def ports_free(host: str) -> None:
-    """Wait until the kernel has forgotten the connections of replicas that were here before.
+def bind_at_once() -> None:
+    """Let Serve bind a port on which an ended replica has left connections: the kernel keeps them a minute.
 
-    Serve binds without SO_REUSEADDR, and never again offers a port that it once could not bind.
+    It binds without SO_REUSEADDR, and never again offers a port that it once could not bind.
     """
-    loop = asyncio.get_running_loop()
-    started_s = loop.time()
-    while remembered := [port for port in range(*ports()) if _is_remembered(host, port)]:
-        if loop.time() - started_s < PORT_POLL_S:
-            logger.warning("ports=%s have connections of an ended replica: waiting up to 60 s", remembered)
-        await asyncio.sleep(PORT_POLL_S)
+    vars(http_util)["socket"] = SimpleNamespace(**{**vars(socket), "socket": _Listener})
 
 
-def _is_remembered(host: str, port: int) -> bool:
-    """Whether it cannot be bound although nobody listens on it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as sock:
-        try:
-            sock.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                return False  # Serve will say why
-        else:
-            return False
-    with socket.socket(family) as sock:
-        return sock.connect_ex((LOOPBACK[2] if ":" in host else LOOPBACK[0], port)) == errno.ECONNREFUSED
+class _Listener(socket.socket):
+    def bind(self, address: Any) -> None:
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)

@@ -51,9 +51,7 @@ class LocalServe:
         from ray import serve
 
         self._ray, self._serve = ray, serve
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=STORE_BYTES, _temp_dir=folder
-        )
+        ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, _temp_dir=folder)
         serve.start(
             http_options={
                 "host": settings.server.host,
@@ -75,7 +73,8 @@ class LocalServe:
         self._serve.delete(NAME)
 
     def stop(self) -> None:
-        """Drains the replicas, too."""
+        """Drains the replicas first: Serve's own end waits for half a minute at most."""
+        self.delete()
         self._serve.shutdown()
         self._ray.shutdown()
 

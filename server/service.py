@@ -83,7 +83,7 @@ class Service:
         return name or self.names[0]
 
     def scrape(self) -> tuple[int, bytes]:
-        """Status and text of /metrics. From a dead engine none: its last gauges would look idle to a picker."""
+        """Status and text of /metrics. A dead engine has none: its last gauges would look idle."""
         if self.engine.dead_reason() is not None:
             return 503, b"# engine dead\n"
         return 200, self.metrics.render()

@@ -63,9 +63,9 @@ def load_arguments(args: Mapping[str, Any]) -> Settings:
 
 
 def check_same_environment(args: Mapping[str, Any], settings: Settings) -> None:
-    """Raises ConfigError if a variable of this process says other than `settings`, made elsewhere from `args`.
+    """Raises ConfigError if a variable here says other than `settings`, made elsewhere from `args`.
 
-    A variable that the application was built without would be ignored on the nodes that have it.
+    It would be ignored: the options are those of where the application was built.
     """
     ours, theirs = as_arguments(load_arguments(args)), as_arguments(settings)
     for name in _fields():
@@ -134,6 +134,7 @@ def set_ray_environment(settings: Settings) -> None:
         ("HTTP_PROXY_CALLBACK_IMPORT_PATH", "cabochon.server.fast_path.middlewares"),
     ):
         os.environ.setdefault(f"RAY_SERVE_{name}", value)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: engines would yield to everybody else
 
 
 def option_help() -> str:
@@ -155,7 +156,7 @@ def _build(kind: type[Config], given: dict[str, Any]) -> Config:
     return kind(**{name: given[name] for name in _names(kind)})
 
 
-def _names(kind: type[Config]) -> list[str]:
+def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 

@@ -122,6 +122,25 @@ def test_a_stopped_engine_counts_as_hung(tiny_gemma2_dir: Path) -> None:
     with_client(tiny_gemma2_dir, body, step_timeout_s=1)
 
 
+def test_requests_that_a_hung_engine_has_not_seen_count_as_waiting(tiny_gemma2_dir: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        running = client.submit(request("a", max_tokens=400))
+        await anext(running)
+        os.kill(client.pid, signal.SIGSTOP)
+        assert (client.stats().running, client.stats().waiting) == (1, 0)
+        unseen = [client.submit(request(f"{i}", max_tokens=1)) for i in range(3)]
+        assert (client.stats().running, client.stats().waiting) == (1, 3)
+        client.abort("0")
+        assert client.stats().waiting == 2
+        os.kill(client.pid, signal.SIGCONT)
+        for stream in unseen[1:]:
+            await collect(stream)
+        await until(lambda: client.stats().waiting == 0)
+        client.abort("a")
+
+    with_client(tiny_gemma2_dir, body)
+
+
 def test_an_idle_engine_never_counts_as_hung(tiny_gemma2_dir: Path) -> None:
     async def body(client: EngineClient) -> None:
         await asyncio.sleep(1.5)

@@ -292,7 +292,6 @@ def test_a_replica_that_dies_is_avoided_within_the_staleness_threshold(
         assert set(answered) <= set(addresses(three))
 
 
-@pytest.mark.xfail(strict=True, reason="/metrics stays 200 and looks idle when the engine is dead")
 def test_a_replica_whose_engine_dies_is_avoided_before_any_probe(
     three: list[RealServer], mortal: RealServer
 ) -> None:

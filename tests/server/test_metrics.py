@@ -185,3 +185,12 @@ def test_rendering_takes_little_time() -> None:
         service.metrics.render()
         best_s = min(best_s, time.thread_time() - started_s)
     assert best_s < 0.003  # the target is 1 ms; a loaded machine may be slower
+
+
+def test_a_dead_engine_has_no_metrics(live: LiveServer) -> None:
+    """Its last gauges would look idle to a picker, which would send it every request."""
+    assert live.http.get("/metrics").status_code == 200
+    live.engine.die()
+    answer = live.http.get("/metrics")
+    assert answer.status_code == 503
+    assert not list(text_string_to_metric_families(answer.text))

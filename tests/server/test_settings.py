@@ -8,7 +8,14 @@ import pytest
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 from cabochon.server.config import ServerConfig
-from cabochon.server.settings import Settings, load_settings, option_help
+from cabochon.server.settings import (
+    Settings,
+    as_arguments,
+    check_same_environment,
+    load_arguments,
+    load_settings,
+    option_help,
+)
 
 
 def test_defaults_are_those_of_the_configs() -> None:
@@ -198,3 +205,48 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"model: \xff\xfe\x00\xe9\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_settings(["--config", str(file)])
+
+
+def test_arguments_of_an_application_are_words_or_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"max_seqs": "8", "prefix_caching": "false", "lora_modules": "a=/x,b=/y", "num_gpus": "0.5"}
+    typed = {"max_seqs": 8, "prefix_caching": False, "lora_modules": ["a=/x", "b=/y"], "num_gpus": 0.5}
+    settings = load_arguments(words)
+    assert settings == load_arguments(typed)
+    assert (settings.engine.max_seqs, settings.engine.prefix_caching) == (8, False)
+    assert (settings.engine.lora_modules, settings.ray.num_gpus) == (("a=/x", "b=/y"), 0.5)
+    monkeypatch.setenv("CABOCHON_MAX_SEQS", "4")
+    monkeypatch.setenv("CABOCHON_NUM_REPLICAS", "3")
+    assert load_arguments(typed).engine.max_seqs == 8
+    assert load_arguments({}).engine.max_seqs == 4
+    assert load_arguments({}).ray.num_replicas == 3
+
+
+def test_all_options_come_back_as_arguments() -> None:
+    settings = load_settings(["--lora-modules", "a=/x", "--num-replicas=2", "--threads=1", "--no-ui"])
+    assert load_arguments(as_arguments(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"max_seq": "8"}, "max_seq is not an option: did you mean max_seqs"),
+        ({"max_seqs": "many"}, "max_seqs: Input should be a valid integer.* got many"),
+        ({"num_replicas": 0}, "num_replicas must be at least 1, got 0: raise it"),
+        ({"replicas_per_node": "0"}, "replicas_per_node must be at least 1, got 0: raise it"),
+        ({"num_gpus": -1}, "num_gpus must be 0 or more, got -1.0: correct it"),
+        ({"num_cpus": "nan"}, "num_cpus must be 0 or more, got nan: correct it"),
+    ],
+)
+def test_wrong_arguments_are_named(args: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_arguments(args)
+
+
+def test_a_variable_that_only_one_node_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = load_arguments({"step_tokens": 100})
+    check_same_environment({"step_tokens": 100}, built)
+    monkeypatch.setenv("CABOCHON_STEP_TOKENS", "200")
+    check_same_environment({"step_tokens": 100}, built)  # the argument beats it there and here
+    monkeypatch.setenv("CABOCHON_MAX_SEQS", "8")
+    with pytest.raises(ConfigError, match=r"CABOCHON_MAX_SEQS must be the same .* it is 8 here and 64 there"):
+        check_same_environment({"step_tokens": 100}, built)
