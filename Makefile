@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVE_STAMP := $(VENV)/.serve
 STAMP := $(VENV)/.installed
+RAY_STAMP := $(VENV)/.ray
 CLIENTS_STAMP := $(VENV)/.clients
 GATEWAY := .venv-gateway
 GATEWAY_STAMP := $(GATEWAY)/.installed
@@ -15,7 +16,7 @@ GPU_CHECK_ARGS ?=
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
+.PHONY: help serve serve-ray test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,12 +26,19 @@ $(SERVE_STAMP): pyproject.toml
 	$(BIN)/pip install $(PIP_INDEX) -e '.[demo]'
 	touch $@
 
+$(RAY_STAMP): $(SERVE_STAMP)
+	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,ray]'
+	touch $@
+
 $(STAMP): $(SERVE_STAMP)
 	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,dev]'
 	touch $@
 
 serve: $(SERVE_STAMP) ## Serve Gemma 3 270M at http://127.0.0.1:8000/v1 (SERVE_ARGS="--model PATH ...")
 	$(BIN)/cabochon serve $(SERVE_ARGS)
+
+serve-ray: $(RAY_STAMP) ## Serve through Ray Serve: replicas from port 8000, its proxy on 8100 (SERVE_ARGS="--num-replicas 2")
+	$(BIN)/python -m cabochon.server.ray_local $(SERVE_ARGS)
 
 test: $(STAMP) ## Tests, under ten minutes on 2 cores
 	$(BIN)/pytest -q

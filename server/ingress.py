@@ -89,6 +89,20 @@ def _rules(settings: Settings) -> list[_Rule]:
     ]
 
 
+def warn_of_slow_settings(options: HTTPOptions) -> None:
+    """What works, but costs."""
+    if options.keep_alive_timeout_s < KEEP_ALIVE_S:
+        logger.warning(
+            "http_options.keep_alive_timeout_s=%d is less than load balancers keep connections: set it to %d",
+            options.keep_alive_timeout_s,
+            KEEP_ALIVE_S,
+        )
+    if constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:
+        logger.warning(
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=1 makes each token cross threads: set it to 0"
+        )
+
+
 def ports() -> tuple[int, int]:
     """The ports of this node's replicas, the end exclusive."""
     return (
@@ -114,12 +128,7 @@ def check_http(settings: Settings) -> None:
             f"http_options.port must be outside of the replicas' ports {first} to {end - 1},"
             f" it is {options.port}: Serve's own proxy would take it from one, set it to 8100"
         )
-    if options.keep_alive_timeout_s < KEEP_ALIVE_S:
-        logger.warning(
-            "http_options.keep_alive_timeout_s=%d is less than load balancers keep connections: set it to %d",
-            options.keep_alive_timeout_s,
-            KEEP_ALIVE_S,
-        )
+    warn_of_slow_settings(options)
 
 
 def bind_at_once() -> None:

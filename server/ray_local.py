@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 from cabochon.engine.errors import ConfigError
-from cabochon.server.serve import KEEP_ALIVE_S
+from cabochon.server.serve import KEEP_ALIVE_S, SIGNALS
 from cabochon.server.settings import Settings, as_arguments, load_settings, set_ray_environment
 
 PROXY_PORT = 8100  # Serve's own proxy: it spreads requests over the replicas
@@ -81,9 +81,11 @@ class LocalServe:
 
 def _wait_for_signal() -> None:
     came = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: came.set())
     came.wait()
+    for number in SIGNALS:  # a second one ends at once
+        signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

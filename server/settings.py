@@ -132,6 +132,7 @@ def set_ray_environment(settings: Settings) -> None:
         ("DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", str(server.lame_duck_s)),
         ("PORT_QUARANTINE_S", "0"),
         ("HTTP_PROXY_CALLBACK_IMPORT_PATH", "cabochon.server.fast_path.middlewares"),
+        ("RUN_USER_CODE_IN_SEPARATE_THREAD", "0"),  # the app never blocks: saves a hop between loops a token
     ):
         os.environ.setdefault(f"RAY_SERVE_{name}", value)
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: engines would yield to everybody else

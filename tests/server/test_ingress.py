@@ -1,18 +1,16 @@
 """The self-check of a replica's environment, and the application that Serve gets. No cluster."""
 
-import errno
-import socket
 from typing import Any
 
 import pytest
 from ray import serve
-from ray.serve._private import constants, http_util
+from ray.serve._private import constants
 
 from cabochon.engine.errors import ConfigError
 from cabochon.server import ingress
 from cabochon.server.deployment import app_builder
 from cabochon.server.fast_path import middlewares
-from cabochon.server.ingress import CALLBACK, bind_at_once, check_direct_ingress, check_http
+from cabochon.server.ingress import CALLBACK, check_direct_ingress, check_http
 from cabochon.server.settings import Settings, load_arguments
 
 RIGHT: dict[str, Any] = {
@@ -105,16 +103,17 @@ def test_serves_proxy_must_not_take_a_replicas_port(monkeypatch: pytest.MonkeyPa
         check_http(settings())
 
 
-def test_connections_that_end_too_soon_are_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    set_ray(monkeypatch)
+def test_what_costs_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    set_ray(monkeypatch, RUN_USER_CODE_IN_SEPARATE_THREAD=False)
     set_cluster(monkeypatch, 1, keep_alive_timeout_s=620)
     check_http(settings())
     assert not caplog.records
     set_cluster(monkeypatch, 1, keep_alive_timeout_s=90)
     check_http(settings())
     assert "keep_alive_timeout_s=90 is less than load balancers keep connections" in caplog.text
+    set_ray(monkeypatch, RUN_USER_CODE_IN_SEPARATE_THREAD=True)
+    check_http(settings())
+    assert "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=1 makes each token cross threads" in caplog.text
 
 
 def test_the_application_has_our_options_typed_from_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,29 +152,3 @@ def test_a_replica_reserves_what_it_needs(
     set_ray(monkeypatch)
     reserved = app_builder(args)._bound_deployment.ray_actor_options
     assert reserved == {"num_cpus": num_cpus, "num_gpus": num_gpus}
-
-
-@pytest.fixture
-def left_behind() -> int:
-    """A port on which a server has closed a connection first: the kernel keeps it for a minute."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port: int = listener.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            listener.accept()[0].close()
-            assert client.recv(1) == b""
-    return port
-
-
-def test_serve_binds_a_port_on_which_connections_were_left(
-    monkeypatch: pytest.MonkeyPatch, left_behind: int
-) -> None:
-    monkeypatch.setattr(http_util, "socket", socket)  # and put it back
-    with http_util.socket.socket() as plain, pytest.raises(OSError, match="in use") as taken:
-        plain.bind(("127.0.0.1", left_behind))
-    assert taken.value.errno == errno.EADDRINUSE
-    bind_at_once()
-    with http_util.socket.socket(http_util.socket.AF_INET, http_util.socket.SOCK_STREAM) as sock:
-        sock.bind(("127.0.0.1", left_behind))
