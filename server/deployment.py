@@ -58,7 +58,7 @@ def app_builder(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=NO_LIMIT,
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=server.lame_duck_s + server.drain_timeout_s + END_S,
-        graceful_shutdown_wait_loop_s=POLL_S,
+        graceful_shutdown_wait_loop_s=1.0,  # Serve writes a line each time
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         logging_config=LoggingConfig(enable_access_log=False),  # the app writes a line itself

@@ -1,8 +1,6 @@
 """Two replicas on a real local Ray: who asks a port gets its engine, and every way a replica can end."""
 
-import json
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import httpx
 import pytest
 from fake_server import wait_until
 from ray_serve import FAILED, PROXY_PORT, READY, RayServe, Replica
+from streams import Stream
 
 pytestmark = pytest.mark.slow
 
@@ -20,43 +19,6 @@ LAME_DUCK_S, DRAIN_S = 2.0, 5.0
 STEP_TIMEOUT_S = 6.0
 REPLACE_S = 60  # it takes 10 s on an idle machine
 LONG = 6000  # tokens, which take far longer than a drain
-
-
-class Stream(threading.Thread):
-    """Reads one streamed completion to its end."""
-
-    def __init__(self, replica: Replica, num_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._url = replica.url
-        body = {"prompt": "a", "max_tokens": num_tokens, "stream": True, "ignore_eos": True}
-        self._body = {**body, "temperature": 0}
-        self.status = 0
-        self.events: list[str] = []
-        self.error = ""
-        self.is_unwanted = False  # the client closes its page
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=self._body, timeout=90) as answer:
-                self.status = answer.status_code
-                for line in answer.iter_lines():
-                    self.events += [line] if line else []
-                    if self.is_unwanted:
-                        return
-        except httpx.HTTPError as error:
-            self.error = repr(error)
-
-    @property
-    def is_whole(self) -> bool:
-        return bool(self.events) and self.events[-1] == "data: [DONE]"
-
-    @property
-    def error_code(self) -> str | None:
-        """Of the last event, or of the whole answer if none was begun."""
-        last = self.events[-1].removeprefix("data: ") if self.events else ""
-        code: str | None = json.loads(last).get("error", {}).get("code") if last.startswith("{") else None
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +47,7 @@ def replicas(ray_serve: RayServe) -> Iterator[list[Replica]]:
 
 def busy(replica: Replica, num_streams: int, num_tokens: int = LONG) -> list[Stream]:
     """Open streams, as many as there are rows with first tokens."""
-    streams = [Stream(replica, num_tokens) for _ in range(num_streams)]
+    streams = [Stream(replica.url, num_tokens) for _ in range(num_streams)]
     num_rows = min(num_streams, NUM_ROWS)
     wait_until(lambda: replica.metric("num_requests_waiting") == num_streams - num_rows, 30)
     wait_until(lambda: sum(bool(stream.events) for stream in streams) >= num_rows, 30)
@@ -210,7 +172,7 @@ def test_a_hung_engine_is_replaced(ray_serve: RayServe, replicas: list[Replica])
 
 def test_a_deleted_application_drains_in_three_phases(ray_serve: RayServe, replicas: list[Replica]) -> None:
     replica = replicas[0]
-    short, endless = Stream(replica, 200), Stream(replica, LONG)
+    short, endless = Stream(replica.url, 200), Stream(replica.url, LONG)
     wait_until(lambda: short.events and endless.events, 20)
     engine = ray_serve.engine(0)
     one = {"prompt": "a", "max_tokens": 1}
