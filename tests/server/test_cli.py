@@ -54,6 +54,13 @@ def fake_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     return engine
 
 
+def test_serve_refuses_options_of_replicas(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "serve", "--num-replicas", "2") == 2
+    assert "options of replicas must be given to Ray Serve" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args", [(), ("--help",), ("-h",), ("serve", "--help")])
 def test_help_lists_commands_and_options(
     args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
