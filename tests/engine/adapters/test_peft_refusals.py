@@ -106,19 +106,36 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pattern no map": (
         {"rank_pattern": ["q_proj"]},
-        "rank_pattern in adapter_config.json must map names of modules",
+        "rank_pattern in adapter_config.json must map at most 1024 names of modules, or plain regular"
+        " expressions"
+        " of at most 512 characters, to numbers, it does not: use names of modules",
+    ),
+    "patterns many": (
+        {"rank_pattern": {f"layers.{i}.x": 1 for i in range(1025)}},
+        "must map at most 1024 names",
+    ),
+    "pattern recurses": (
+        {"alpha_pattern": {"(?R)": 4}},
+        "alpha_pattern in adapter_config.json must map at most",
+    ),
+    "pattern repeats": (
+        {"alpha_pattern": {"(a{999}){999}": 4}},
+        "alpha_pattern in adapter_config.json must map",
     ),
     "pattern value": (
         {"rank_pattern": {"q_proj": "4"}},
         "each value of rank_pattern in adapter_config.json must be a"
         " whole number of at least 1, got 4: save it again",
     ),
-    "pattern long": ({"alpha_pattern": {"x" * 513: 4}}, "of at most 512 characters, to numbers, it does not"),
+    "pattern long": ({"alpha_pattern": {"x" * 513: 4}}, "plain regular expressions of at most 512"),
     "pattern bad": (
         {"alpha_pattern": {"(": 4}},
-        "must be regular expressions, one is not a valid one: correct it",
+        "must be names of modules or plain regular expressions, one is no valid one: correct it",
     ),
-    "pattern slow": ({"alpha_pattern": {"(.|.|.)*[x-z]": 4}}, "must match within 1 s, they took longer"),
+    "pattern slow": (
+        {"alpha_pattern": {"(.*|.*|.*)" * 40 + "q": 4}},
+        "must be matched within 1 s, they take longer",
+    ),
 }
 
 
