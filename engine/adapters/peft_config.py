@@ -81,8 +81,8 @@ class PeftConfig:
                         return value
                 except TimeoutError:
                     raise refused(
-                        f"rank_pattern and alpha_pattern in {FILE} must be matched within {MATCHING_S:g} s, they"
-                        " take longer: use names of modules"
+                        f"rank_pattern and alpha_pattern in {FILE} must be matched within {MATCHING_S:g} s,"
+                        " they take longer: use names of modules"
                     ) from None
             return default
 
