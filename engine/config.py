@@ -96,9 +96,9 @@ class EngineConfig:
             raise ConfigError(f"threads must be at least 1, got {self.threads}: leave it out for all cores")
 
     @property
-    def takes_adapters(self) -> bool:
-        """Whether slots are kept for adapters."""
-        return bool(self.lora_modules or self.lora_dir)
+    def num_slots(self) -> int:
+        """For adapters; none where there can be no adapter."""
+        return self.max_loras if self.lora_modules or self.lora_dir else 0
 
 
 def split_module(option: str, module: str) -> tuple[str, str]:

@@ -87,9 +87,10 @@ class FakeEngine(Engine):
     def submit(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
         self.seen.append(request)
         if self._dead_reason is None:
+            if request.adapter is not None and request.adapter not in self.adapters:
+                return _refused(_unknown_adapter(request.adapter))
             self.open[request.request_id] = request
-        is_known = request.adapter is None or request.adapter in self.adapters
-        return self._stream(request, is_known=is_known)
+        return self._stream(request)
 
     def publish(self, request_id: str) -> None:
         self.published.append(request_id)
@@ -136,11 +137,9 @@ class FakeEngine(Engine):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _stream(self, request: GenerateRequest, *, is_known: bool) -> AsyncIterator[RequestOutput]:
+    async def _stream(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
         try:
             max_tokens = self._check(request)
-            if not is_known:
-                raise _unknown_adapter(str(request.adapter))
             scheduled_s = time.monotonic()
             first_token_s = 0.0
             made = 0
@@ -225,6 +224,11 @@ class FakeEngine(Engine):
         limit = self.faults.dies_after_tokens
         if limit is not None and self._num_generated >= limit:
             self.die()
+
+
+async def _refused(error: EngineError) -> AsyncIterator[RequestOutput]:
+    raise error
+    yield  # an iterator, as of any request
 
 
 def _unknown_adapter(name: str) -> UnknownAdapter:

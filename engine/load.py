@@ -28,7 +28,7 @@ from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.linear import ROW_MULTIPLE
-from cabochon.engine.messages import EngineInfo
+from cabochon.engine.messages import AdapterInfo, EngineInfo
 from cabochon.engine.models.checkpoint import Weights
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma, LoadTensor
@@ -77,19 +77,13 @@ def load_engine(
     dtype_name = settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
     make_linear = settle_linear(config, device, dtype_name)
-    if backend == "flash-attn":
-        check_flash(device, dtype, model_config.head_dim)
-    kv_dtype = settle_kv_dtype(config, backend, dtype)
-    page_tokens = settle_page_tokens(config.page_tokens, backend)
-    layout = kv_layout(model_config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)
+    layout, kv_dtype = _settle_layout(config, model_config, backend, dtype, device)
     max_len = _wanted_len(config, model_config)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
-    read = partial(read_adapter, model=model_config, dtype=dtype, max_rank=config.max_lora_rank)
-    adapters = Adapters(read if config.takes_adapters else None)
-    adapter_infos = [adapters.load(*split_module("lora_modules", one)) for one in config.lora_modules]
+    adapters, adapter_infos = _load_adapters(config, model_config, dtype)
     grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
     weights = checkpoint or open_weights(config, model_dir, model_config)
     make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
@@ -116,12 +110,32 @@ def load_engine(
         kv_bytes=pages.num_bytes,
         weight_bytes=model.num_bytes,
         quantization=config.quantization,
-        max_loras=config.max_loras if config.takes_adapters else 0,
+        max_loras=config.num_slots,
         adapters=adapter_infos,
         load_s=time.monotonic() - started_s,
     )
     _log_ready(info)
     return core, info
+
+
+def _settle_layout(
+    config: EngineConfig, model: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device
+) -> tuple[KVLayout, torch.dtype]:
+    """And the dtype of K and V. Raises ConfigError if the backend cannot have them, or cannot run at all."""
+    if backend == "flash-attn":
+        check_flash(device, dtype, model.head_dim)
+    kv_dtype = settle_kv_dtype(config, backend, dtype)
+    page_tokens = settle_page_tokens(config.page_tokens, backend)
+    return kv_layout(model, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8), kv_dtype
+
+
+def _load_adapters(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype
+) -> tuple[Adapters, list[AdapterInfo]]:
+    """Those of lora_modules, into host memory. Raises BadAdapter."""
+    read = partial(read_adapter, model=model, dtype=dtype, max_rank=config.max_lora_rank)
+    adapters = Adapters(read if config.num_slots else None)
+    return adapters, [adapters.load(*split_module("lora_modules", one)) for one in config.lora_modules]
 
 
 def _grammars(model_dir: Path, model: ModelConfig, *, is_started: bool) -> Grammars:
@@ -234,7 +248,7 @@ class _CoreBuilder:
             eos_token_ids=model.config.eos_token_ids,
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
-            max_loras=config.max_loras if config.takes_adapters else 0,
+            max_loras=config.num_slots,
         )
         depth = config.step_depth if self.has_device_rows else 1
         runner = self._runner(rows, pages)
@@ -258,10 +272,10 @@ class _CoreBuilder:
         from cabochon.engine.device_runner import DeviceRunner
 
         config, adapters = self.config, None
-        if config.takes_adapters:
+        if config.num_slots:
             max_rows = max(config.step_tokens + ROW_MULTIPLE, graph_sizes(config.max_seqs)[-1])
             adapters = TritonAdapterWeights(
-                model.config, config.max_loras, config.max_lora_rank, max_rows, self.dtype, self.device
+                model.config, config.num_slots, config.max_lora_rank, max_rows, self.dtype, self.device
             )
         runner = DeviceRunner(
             model, attention, rows, stream_for(self.device), depth=config.step_depth, adapters=adapters
@@ -271,9 +285,9 @@ class _CoreBuilder:
         return runner
 
     def _torch_adapters(self) -> AdapterWeights | None:
-        if not self.config.takes_adapters:
+        if not self.config.num_slots:
             return None
-        return TorchAdapterWeights(self.model.config, self.config.max_loras, self.dtype, self.device)
+        return TorchAdapterWeights(self.model.config, self.config.num_slots, self.dtype, self.device)
 
     def measured_pages(self, max_model_len: int) -> int:
         """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""

@@ -27,13 +27,23 @@ MAX_NAME_CHARS = 256
 MAX_PATH_CHARS = 4096  # Linux's PATH_MAX
 
 
+def _length(limit: int) -> dict[str, Any]:
+    """For the document alone: what is wrong with a name or a path is told in words of our own."""
+    return {"minLength": 1, "maxLength": limit}
+
+
 class LoadAdapterRequest(Body):
     """POST /v1/load_lora_adapter"""
 
     asks_nothing: ClassVar[dict[str, tuple[Any, ...]]] = {"is_3d_lora_weight": (False,)}
 
-    lora_name: str = Field(description="What requests will have as model")
-    lora_path: str = Field(description="A directory in PEFT format below --lora-dir, absolute or from there")
+    lora_name: str = Field(
+        description="What requests will have as model", json_schema_extra=_length(MAX_NAME_CHARS)
+    )
+    lora_path: str = Field(
+        description="A directory in PEFT format below --lora-dir, absolute or from there",
+        json_schema_extra=_length(MAX_PATH_CHARS),
+    )
     load_inplace: bool = Field(False, description="It may take the name of a loaded adapter")
 
 
@@ -148,7 +158,10 @@ class Adapters:
             self._changing.discard(name)
 
     def _inside(self, given: str) -> str:
-        """The directory that `given` leads to. Raises ApiError if that is not below ours, existing or not."""
+        """The directory that `given` leads to. Raises ApiError if that is not below ours, existing or not.
+
+        Who may write there could put a link in its place afterwards: they are trusted with adapters, too.
+        """
         assert self._directory is not None
         if not given or len(given) > MAX_PATH_CHARS or not given.isprintable():
             raise ApiError(

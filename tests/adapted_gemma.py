@@ -28,7 +28,7 @@ class AdaptedGemma:
         self.weights = {name: weight.clone() for name, weight in base.state_dict().items()}
         self.paths = {
             name: make_adapter(
-                directory / name, self.config, rank, seed=rank, std=0.3 / rank**0.5,
+                directory / name, self.config, rank, seed=rank, std=0.1 / rank**0.5,
                 targets=SOME if name == "sixteen" else (*SOME, "k_proj", "o_proj", "gate_proj", "up_proj"),
                 rslora=name == "sixtyfour",
             )

@@ -55,7 +55,7 @@ def test_the_configuration_is_one_that_the_engine_takes() -> None:
     (config,) = [document for document in YAML if "lora_dir" in document]
     assert set(config) <= {field.name for field in dataclasses.fields(EngineConfig)}
     made = EngineConfig(**{**config, "lora_modules": tuple(config["lora_modules"])})
-    assert made.takes_adapters
+    assert made.num_slots
 
 
 def test_the_pod_reads_adapters_where_the_configuration_looks_for_them() -> None:

@@ -1,124 +1,22 @@
 """The runner of GPUs in Triton's interpreter, on a stream that does its work as late as it can."""
 
 import gc
-import itertools
-import weakref
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import pytest
 import torch
+from device_world import DeviceEngine, greedy, prompt, run_core, tokens
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from cabochon.engine import load as load_module
 from cabochon.engine.config import EngineConfig
-from cabochon.engine.core import EngineCore
 from cabochon.engine.decode_graphs import graph_sizes
 from cabochon.engine.device_runner import DeviceRunner
 from cabochon.engine.load import load_engine
-from cabochon.engine.messages import GenerateRequest, RequestOutput
+from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import Grammar, SamplingParams
-from cabochon.engine.streams import CpuStream
-from cabochon.kernels.prepare_inputs import DecodeInputs
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
-
-Value = TypeVar("Value")
-
-
-class LazyStream(CpuStream):
-    """Work runs, in order, when somebody waits for it: whatever the host changed by then must not matter."""
-
-    def __init__(self) -> None:
-        self.queue: deque[Callable[[], None]] = deque()
-        self.most_waiting = 0
-
-    def run(self, work: Callable[[], Value]) -> Callable[[], Value]:
-        values: list[Value] = []
-        self.queue.append(lambda: values.append(work()))
-        self.most_waiting = max(self.most_waiting, len(self.queue))
-
-        def wait() -> Value:
-            with torch.inference_mode():
-                while not values:
-                    self.queue.popleft()()
-            return values[0]
-
-        return wait
-
-    def host_buffer(self, num_words: int) -> Tensor:
-        return torch.full((num_words,), -1, dtype=torch.int32)
-
-
-class Engine:
-    """A core on the device runner, and what its stream and graphs went through."""
-
-    def __init__(
-        self, directory: Path, monkeypatch: pytest.MonkeyPatch, *, has_graphs: bool = True, **options: object
-    ) -> None:
-        defaults = {
-            "model": "tiny", "dtype": "fp32", "page_tokens": 4, "max_seqs": 8, "step_tokens": 16,
-            "kv_cache_gib": 0.01, "threads": 1, "attention_backend": "triton",
-        }  # fmt: skip
-        self.stream = LazyStream()
-        self.replays = 0
-        self.graph_inputs: list[weakref.ref[Tensor]] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(load_module, "stream_for", lambda device: self.stream)
-            config = EngineConfig(**{**defaults, **options})
-            self.core, self.info = load_engine(config, directory, expects_grammars=False)
-        runner = self.core._runner
-        assert isinstance(runner, DeviceRunner)
-        if has_graphs:
-            runner.add_graphs([4, 8], self._capture)
-            while self.core.get_ready():
-                pass
-
-    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        closures = [cell.cell_contents for cell in work.__closure__ or ()]
-        buffers = [one for one in closures if isinstance(one, DecodeInputs)]
-        self.graph_inputs += [weakref.ref(one) for one in itertools.chain(*buffers)]
-
-        def replay() -> None:
-            self.replays += 1
-            work()
-
-        return replay
-
-    def run(
-        self, requests: dict[str, tuple[list[int], SamplingParams]], at_step: dict[int, str] | None = None
-    ) -> dict[str, list[RequestOutput]]:
-        """All outputs by request. at_step: aborts, by the number of the step."""
-        found: dict[str, list[RequestOutput]] = {name: [] for name in requests}
-        for name, (prompt, params) in requests.items():
-            self.core.add(GenerateRequest(request_id=name, prompt_ids=prompt, params=params))
-        for step in itertools.count():
-            if not self.core.has_work:
-                return found
-            if at_step and step in at_step:
-                self.core.abort(at_step[step])
-            outputs, refusals = self.core.step()
-            assert not refusals, refusals
-            for output in outputs:
-                found[output.request_id].append(output)
-            self.core.scheduler.check()
-        raise AssertionError
-
-
-def tokens(outputs: dict[str, list[RequestOutput]]) -> dict[str, list[int]]:
-    return {name: [i for one in each for i in one.token_ids] for name, each in outputs.items()}
-
-
-def greedy(max_tokens: int, **fields: object) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **fields)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(6, 90, length).tolist()
 
 
 MIXED = {
@@ -139,17 +37,7 @@ def oracle(small_gemma2_dir: Path) -> dict[str, list[int]]:
         attention_backend="torch",
     )  # fmt: skip
     core, _ = load_engine(config, small_gemma2_dir)
-    return run_core(core)
-
-
-def run_core(core: EngineCore) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {name: [] for name in MIXED}
-    for name, (prompt_ids, params) in MIXED.items():
-        core.add(GenerateRequest(request_id=name, prompt_ids=prompt_ids, params=params))
-    while core.has_work:
-        for output in core.step()[0]:
-            found[output.request_id] += output.token_ids
-    return found
+    return tokens(run_core(core, MIXED))
 
 
 @pytest.mark.parametrize(("depth", "has_graphs"), [(1, False), (2, False), (2, True)])
@@ -160,7 +48,7 @@ def test_any_depth_with_graphs_or_without_gives_the_tokens_of_the_host_runner(
     depth: int,
     has_graphs: bool,
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch, step_depth=depth, has_graphs=has_graphs)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch, step_depth=depth, has_graphs=has_graphs)
     assert tokens(engine.run(MIXED)) == oracle
     assert engine.stream.most_waiting == depth
     assert (engine.replays > 2) == has_graphs
@@ -170,7 +58,7 @@ def test_any_depth_with_graphs_or_without_gives_the_tokens_of_the_host_runner(
 def test_aborts_in_flight_and_rows_that_change_hands_disturb_nobody(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, oracle: dict[str, list[int]]
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch, max_seqs=3)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch, max_seqs=3)
     found = tokens(engine.run(MIXED, at_step={3: "a", 5: "b"}))
     for name, expected in oracle.items():
         if name in ("a", "b"):
@@ -185,9 +73,9 @@ def test_a_pool_that_is_too_small_preempts_in_flight_and_changes_no_token(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {f"{i}": (prompt(6, i), greedy(10)) for i in range(3)}
-    roomy = Engine(small_gemma2_dir, monkeypatch)
+    roomy = DeviceEngine(small_gemma2_dir, monkeypatch)
     page_gib = roomy.info.kv_bytes / (roomy.info.num_pages + 1) / 2**30
-    tight = Engine(small_gemma2_dir, monkeypatch, kv_cache_gib=page_gib * 12.5, max_model_len=16)
+    tight = DeviceEngine(small_gemma2_dir, monkeypatch, kv_cache_gib=page_gib * 12.5, max_model_len=16)
     assert tokens(tight.run(wanted)) == tokens(roomy.run(wanted))
     assert tight.core.stats().preemptions > 0
     assert roomy.core.stats().preemptions == 0
@@ -200,7 +88,7 @@ def test_a_stop_token_in_flight_ends_its_request_there(
     stop = expected[2]
     assert stop not in expected[:2]
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=6, ignore_eos=True, stop_token_ids=(stop,))
-    engine = Engine(small_gemma2_dir, monkeypatch)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     outputs = engine.run({"sampled": (ids, params), "b": MIXED["b"]})
     assert tokens(outputs) == {"sampled": expected[:3], "b": oracle["b"]}
     assert outputs["sampled"][-1].finish_reason == "stop"
@@ -215,14 +103,13 @@ def test_log_probabilities_of_prompt_and_output_are_those_of_the_host_runner(
         "own": (prompt(4, 2), SamplingParams(temperature=1.0, seed=3, max_tokens=3, logprobs=0)),
         "none": (prompt(4, 3), greedy(3)),
     }
-    engine = Engine(small_gemma2_dir, monkeypatch)
-    host = Engine.__new__(Engine)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     config = EngineConfig(
         model="tiny", dtype="fp32", page_tokens=4, max_seqs=8, step_tokens=16, kv_cache_gib=0.01, threads=1,
         attention_backend="torch",
     )  # fmt: skip
-    host.core, _ = load_engine(config, small_gemma2_dir)
-    ours, theirs = engine.run(wanted), host.run(wanted)
+    host, _ = load_engine(config, small_gemma2_dir)
+    ours, theirs = engine.run(wanted), run_core(host, wanted)
     assert tokens(ours) == tokens(theirs)
     for name in wanted:
         for a, b in zip(ours[name], theirs[name], strict=True):
@@ -237,7 +124,7 @@ def test_log_probabilities_of_prompt_and_output_are_those_of_the_host_runner(
 def test_a_grammar_binds_its_row_a_step_at_a_time_and_the_others_run_on(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, oracle: dict[str, list[int]]
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     bound = greedy(12, grammar=Grammar(kind="regex", text="(yes|no)!"))
     found = tokens(engine.run({"a": MIXED["a"], "bound": (prompt(3, 9), bound), "b": MIXED["b"]}))
     text = engine_text(small_gemma2_dir, found.pop("bound"))
@@ -253,7 +140,7 @@ def engine_text(directory: Path, ids: list[int]) -> str:
 def test_a_nan_ends_its_request_alone(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, oracle: dict[str, list[int]]
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     engine.core._runner._model._embedding[5] = torch.nan  # type: ignore[attr-defined]
     for name, (ids, params) in {"a": MIXED["a"], "bad": ([7, 5, 8], greedy(5))}.items():
         engine.core.add(GenerateRequest(request_id=name, prompt_ids=ids, params=params))
@@ -272,7 +159,7 @@ def test_a_nan_ends_its_request_alone(
 def test_the_logits_that_verify_compares_are_those_of_the_host_runner(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     engine.run({"a": MIXED["a"]})  # its row is used again
     config = EngineConfig(
         model="tiny", dtype="fp32", page_tokens=4, kv_cache_gib=0.01, threads=1, attention_backend="torch"
@@ -283,7 +170,7 @@ def test_the_logits_that_verify_compares_are_those_of_the_host_runner(
 
 
 def test_a_graph_keeps_what_it_reads_alive(small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch, has_graphs=False)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch, has_graphs=False)
     runner = engine.core._runner
     assert isinstance(runner, DeviceRunner)
 
@@ -301,7 +188,7 @@ def test_a_graph_keeps_what_it_reads_alive(small_gemma2_dir: Path, monkeypatch: 
 def test_an_interrupt_while_a_step_is_awaited_leaves_a_core_that_goes_on(
     small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, oracle: dict[str, list[int]]
 ) -> None:
-    engine = Engine(small_gemma2_dir, monkeypatch)
+    engine = DeviceEngine(small_gemma2_dir, monkeypatch)
     prompt_ids, params = MIXED["a"]
     engine.core.add(GenerateRequest(request_id="old", prompt_ids=prompt_ids, params=params))
     engine.core.step()

@@ -85,11 +85,14 @@ def test_runs_around_a_tile(rows: int, tile_rows: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
 def test_rows_of_no_tile_and_of_rank_0_stay_bit_for_bit(tile_rows: int, dtype: torch.dtype) -> None:
+    """−0 too, which a sum with 0 would turn into 0, as the sign shows."""
     case = make_case(40, (32, 16), dtype=dtype)
+    case.out[:, ::3] = -0.0
     result = added(case.x, case.out, case.weights, case.tiles(tile_rows), tile_rows)
     slots = torch.tensor([slot for slot, rows in MIXED for _ in range(rows)] + [-1] * 3)
     changes = (slots >= 0) & (torch.tensor([*RANKS, 0])[slots] > 0)
     assert torch.equal(result[~changes], case.out[~changes])
+    assert torch.equal(result[~changes].signbit(), case.out[~changes].signbit())
     assert (result[changes] != case.out[changes]).any(1).all()
 
 

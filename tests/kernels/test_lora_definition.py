@@ -109,7 +109,7 @@ def test_sorted_sequences_make_at_most_max_tiles(sequences: Sequences, tile_rows
 
 
 def test_neighbours_of_one_slot_share_tiles() -> None:
-    sequences = [(2, 10), (2, 20), (-1, 0), (2, 4), (0, 1), (-1, 7), (0, 1), (5, 0)]
+    sequences = [(2, 10), (2, 20), (-1, 0), (3, 0), (2, 4), (0, 1), (-1, 7), (0, 1), (5, 0)]
     assert tiles_of(sequences, 16).tolist() == [
         [2, 0, 16], [2, 16, 32], [2, 32, 34], [0, 34, 35], [0, 42, 43],
     ]  # fmt: skip

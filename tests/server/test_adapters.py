@@ -40,6 +40,7 @@ def make_home(parent: Path) -> Path:
     home = parent / "loras"
     for link, target in (
         ("link", parent / "elsewhere"),
+        ("link2", parent / "loras2"),
         ("broken_link", parent / "nowhere"),
         ("etc", "/etc"),
         ("loop", "loop"),
@@ -198,7 +199,7 @@ def test_a_path_may_be_relative_or_absolute(lora: LiveServer, home: Path) -> Non
     [
         "../elsewhere/a", "../loras2/a", "a/../../elsewhere/a", "../loras/a", "a/../../loras/a", "..", "/",
         "/etc", "//etc", "HOME/../elsewhere/a", "link/a", "link", "link/../elsewhere/a", "HOME2/a",
-        "HOME/link/a", "etc/passwd", "linked_file",
+        "HOME/link/a", "link2/a", "etc/passwd", "linked_file",
         "linked_dir", "../nowhere", "/nowhere", "a/../../nowhere", "link/nowhere", "broken_link",
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """/openapi.json describes every field, and whatever it allows is answered without a 5xx."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from cabochon.engine.fake import FAKE_INFO, FakeEngine
 from cabochon.server.openapi import BODIES
 
 DOCUMENT = fake_app().openapi()
@@ -59,6 +62,19 @@ QUICK: dict[str, Any] = {
 @settings(**QUICK)
 def test_what_the_document_allows_is_answered(case: Any, shared: LiveServer) -> None:
     case.call_and_validate(base_url=shared.url, checks=CHECKS)
+
+
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    engine = FakeEngine(dataclasses.replace(FAKE_INFO, max_loras=2))
+    with LiveServer(engine=engine, lora_dir=tmp_path_factory.mktemp("loras")) as server:
+        yield server
+
+
+@api.include(path_regex="lora_adapter").parametrize()
+@settings(**{**QUICK, "max_examples": 40})
+def test_what_the_document_allows_of_adapters_is_answered(case: Any, with_adapters: LiveServer) -> None:
+    case.call_and_validate(base_url=with_adapters.url, checks=CHECKS)
 
 
 @pytest.mark.slow
