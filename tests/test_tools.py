@@ -1,10 +1,12 @@
 """A test whose tool is absent is skipped with the reason, and fails where all must run."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tools import need_package, need_program
+import tools
+from tools import need_gateway_tools, need_package, need_program
 
 ABSENT = [(need_package, "no_such_package", "make clients"), (need_program, "no-such-program", "run `make")]
 
@@ -34,3 +36,19 @@ def test_where_all_must_run_it_fails(
     monkeypatch.setenv("CABOCHON_TEST_ALL", "1")
     with pytest.raises(pytest.fail.Exception, match=f"{name} is not installed: {remedy}"):
         need(name)
+
+
+@pytest.mark.parametrize(
+    ("must_run", "outcome"),
+    [("0", pytest.skip.Exception), ("1", pytest.fail.Exception)],
+    ids=["skip", "fail"],
+)
+def test_without_envoy_a_test_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, must_run: str, outcome: type[Exception]
+) -> None:
+    monkeypatch.setenv("CABOCHON_TEST_ALL", must_run)
+    monkeypatch.setattr(tools, "GATEWAY_TOOLS", tmp_path / "bin")
+    with pytest.raises(outcome, match="Envoy is not installed: make gateway-tools"):
+        need_gateway_tools()
+    (tmp_path / ".installed").touch()
+    assert need_gateway_tools() == tmp_path / "bin"

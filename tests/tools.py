@@ -4,9 +4,12 @@ import os
 import shutil
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+GATEWAY_TOOLS = Path(__file__).parents[1] / ".venv-gateway" / "bin"
 
 
 def absent(reason: str) -> NoReturn:
@@ -29,3 +32,10 @@ def need_program(name: str, *paths: str) -> str:
         if found := shutil.which(candidate):
             return found
     absent(f"{name} is not installed: run `make system-packages`")
+
+
+def need_gateway_tools() -> Path:
+    """The folder with Envoy and a Python that has its protocols."""
+    if not (GATEWAY_TOOLS.parent / ".installed").exists():
+        absent("Envoy is not installed: make gateway-tools")
+    return GATEWAY_TOOLS

@@ -1,5 +1,7 @@
 """Adapters loaded, used, refused and unloaded over HTTP while a real server generates."""
 
+import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,7 @@ def home(long_gemma2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     model = load_model_config(long_gemma2_dir)
     for seed, name in enumerate(("first", "second", "third", "cut")):
         make_adapter(home / name, model, 8, seed=seed, std=0.5)
+    make_adapter(home / "large", model, 64, seed=9, std=0.1)  # a megabyte
     weights = home / "cut/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return home
@@ -104,3 +107,46 @@ def test_changes_under_load_lose_no_request(server: RealServer) -> None:
         for model, answer in answers:
             assert answer.result() == expected[model]
     assert "Traceback" not in server.output()
+
+
+@pytest.mark.slow
+def test_two_hundred_loads_under_32_streams_lose_no_request_and_leak_no_memory(server: RealServer) -> None:
+    models = ("tiny", "first", "second")
+    assert change(server, LOAD, "second", lora_path="second").status_code == 200
+    expected = {model: streamed(server, model) for model in models}
+    is_over = threading.Event()
+
+    def stream(index: int) -> int:
+        model = models[index % len(models)]
+        for count in itertools.count():
+            if is_over.is_set():
+                return count
+            assert streamed(server, model) == expected[model]
+        raise AssertionError
+
+    with ThreadPoolExecutor(32) as pool:
+        streams = [pool.submit(stream, index) for index in range(32)]
+        try:
+            resident = []
+            for _ in range(200):
+                assert change(server, LOAD, "large", lora_path="large").status_code == 200
+                text(server, "large")
+                assert change(server, UNLOAD, "large").status_code == 200
+                resident.append((server.engine.memory_info().rss, server.process.memory_info().rss))
+        finally:
+            is_over.set()
+        counts = [one.result() for one in streams]
+    assert min(counts) > 3
+    # What one load costs, 200 times over, would be 200 MB and more
+    for before, after in zip(resident[40], resident[-1], strict=True):
+        assert after - before < 16 * 2**20, resident[::20]
+    assert change(server, UNLOAD, "second").status_code == 200
+
+
+def streamed(server: RealServer, model: str) -> str:
+    with server.client() as client:
+        stream = client.completions.create(
+            model=model, prompt=[5, 6, 7], max_tokens=12, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return "".join(chunk.choices[0].text for chunk in stream)
