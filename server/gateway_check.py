@@ -144,7 +144,9 @@ _WORDS = {Result.PASS: "passed", Result.WARN: "warnings", Result.FAIL: "failed",
 def as_json(reports: Sequence[Report]) -> str:
     """One object: `servers`, each with its `findings`, and `failed`, how many did in all."""
     failed = sum(report.count(Result.FAIL) for report in reports)
-    return json.dumps({"failed": failed, "servers": [asdict(report) for report in reports]}, indent=1)
+    return json.dumps(
+        {"failed": failed, "servers": [asdict(report) for report in reports]}, indent=1, ensure_ascii=False
+    )
 
 
 async def _guarded(name: str, checks: Coroutine[Any, Any, list[Finding]], limit_s: float) -> list[Finding]:

@@ -86,17 +86,13 @@ class Exchange:
         self._chunk: list[bytes] | None = None
         self._has_headers = False
         self.is_whole = False
+        self.keeps_alive = False  # whether the connection may be used again
         self.headers: dict[str, str] = {}
 
     @property
     def status(self) -> int:
         """Known as soon as there are headers."""
         return int(self._parser.get_status_code())
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Whether the connection may be used again."""
-        return self.is_whole and bool(self._parser.should_keep_alive())
 
     async def read_headers(self) -> None:
         """Return when they are there. Raises HttpFailure."""
@@ -162,6 +158,7 @@ class Exchange:
     def on_message_complete(self) -> None:
         """The body ends."""
         self.is_whole = True
+        self.keeps_alive = bool(self._parser.should_keep_alive())  # its answer later is another
 
 
 class Connection:
