@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,10 @@ async def _health(target: Target) -> list[Finding]:
 
 
 async def _prefix(subject: Subject) -> list[Finding]:
-    async with Connection(subject.target) as scraper:
-        page_tokens = (await read_metrics(scraper)).page_tokens
+    page_tokens = 0
+    with suppress(HttpFailure):
+        async with Connection(subject.target) as scraper:
+            page_tokens = (await read_metrics(scraper)).page_tokens
     return await check_prefix(subject, page_tokens)
 
 
