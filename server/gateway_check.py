@@ -7,6 +7,7 @@ of `gateway/` that parse and score are also what the picker of our tests runs on
 import argparse
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -24,9 +25,11 @@ from cabochon.server.gateway.lora_checks import check_lora
 from cabochon.server.gateway.metrics_checks import check_metrics
 from cabochon.server.gateway.subject import HEALTH, MODELS, Subject, find_subject, listed_models, read_metrics
 
-GROUP_S = 8.0  # for a group of checks that has no time of its own
+GROUP_S = 8.0  # for a group of checks, beside the load itself
+BUDGET_S = 50.0  # for all of them, beside load and drain
 DRAIN_GROUP_S = 45.0
 MAX_SECONDS = 600.0
+MAX_CONCURRENCY = 512  # each is an open file here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ def read_options(args: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="cabochon gateway-check",
         description="What the Inference Gateway's endpoint picker needs of a model server, checked from"
-        " outside. Takes under a minute for each URL; exit code 1 if a check fails.",
+        " outside. Takes less than a minute for each URL; exit code 1 if a check fails.",
     )
     add = parser.add_argument
     add("urls", nargs="+", metavar="URL", help="of a server itself, not of a gateway: http://HOST:PORT")
@@ -71,12 +74,16 @@ def read_options(args: Sequence[str]) -> Options:
     add("--drain-pid", type=int, help="a process to end by SIGTERM, for the checks of an orderly end")
     add("--json", action="store_true", help="a JSON object instead of tables")
     given = parser.parse_args(args)
-    if given.concurrency < 1:
-        raise ConfigError(f"concurrency must be at least 1, got {given.concurrency}: raise it")
+    if not 1 <= given.concurrency <= MAX_CONCURRENCY:
+        raise ConfigError(
+            f"concurrency must be in [1, {MAX_CONCURRENCY}], got {given.concurrency}: change it"
+        )
     if not 1 <= given.seconds <= MAX_SECONDS:
         raise ConfigError(f"seconds must be in [1, {MAX_SECONDS:g}], got {given.seconds:g}: change it")
     if given.drain_pid is not None and len(given.urls) > 1:
         raise ConfigError(f"drain_pid must belong to one URL, got {len(given.urls)}: check them one by one")
+    if given.drain_pid is not None:
+        _check_process(given.drain_pid)
     key = _first_line(given.api_key_file) if given.api_key_file else None
     return Options(
         targets=tuple(parse_url(url, key) for url in given.urls),
@@ -91,8 +98,9 @@ def read_options(args: Sequence[str]) -> Options:
 async def check_servers(options: Options, tell: Callable[[str], None]) -> list[Report]:
     """A report for each server, one after the other. tell: gets a line before each, for people."""
     reports = []
+    at_most_s = BUDGET_S + options.seconds + (DRAIN_GROUP_S if options.drain_pid is not None else 0)
     for target in options.targets:
-        tell(f"checking {target.url}, under {60 + DRAIN_GROUP_S * (options.drain_pid is not None):.0f} s")
+        tell(f"checking {target.url}, at most {at_most_s:.0f} s")
         reports.append(await check_server(target, options))
     if len(reports) > 1:
         reports[-1].findings.append(await _same_models(options.targets))
@@ -103,9 +111,11 @@ async def check_server(target: Target, options: Options) -> Report:
     """Every check of one server; what goes wrong in a group is a finding of that group."""
     report = Report(target.url)
     start_s = time.monotonic()
+    end_s = start_s + BUDGET_S + options.seconds
 
     async def group(name: str, checks: Coroutine[Any, Any, list[Finding]], limit_s: float = GROUP_S) -> None:
-        report.findings += await _guarded(name, checks, limit_s)
+        left_s = max(0.0, end_s - time.monotonic())
+        report.findings += await _guarded(name, checks, min(limit_s, left_s))
 
     await group("health", _health(target))
     await group("metrics", check_metrics(target))
@@ -119,7 +129,7 @@ async def check_server(target: Target, options: Options) -> Report:
         await group("client", check_disconnect(subject))
         await group("lora", check_lora(subject))
         if options.drain_pid is not None:
-            await group("drain", check_drain(subject, options.drain_pid), DRAIN_GROUP_S)
+            report.findings += await _guarded("drain", check_drain(subject, options.drain_pid), DRAIN_GROUP_S)
     report.seconds = round(time.monotonic() - start_s, 1)
     return report
 
@@ -152,14 +162,17 @@ def as_json(reports: Sequence[Report]) -> str:
 
 async def _guarded(name: str, checks: Coroutine[Any, Any, list[Finding]], limit_s: float) -> list[Finding]:
     try:
+        if limit_s == 0:
+            checks.close()
+            raise TimeoutError
         async with asyncio.timeout(limit_s):
             return await checks
     except HttpFailure as error:
         what = str(error)
     except TimeoutError:
-        what = f"no end within {limit_s:g} s"
+        what = f"no end within {limit_s:.2g} s"
     advice = "see the server's log: this group of checks could not be finished"
-    limit = f"answers within {limit_s:g} s"
+    limit = f"answers within {limit_s:.2g} s"
     return [judge(f"{name}.reached", False, measured=what, limit=limit, advice=advice)]
 
 
@@ -217,6 +230,17 @@ async def _same_models(targets: Sequence[Target]) -> Finding:
         limit="the same on every server",
         advice="serve the same names everywhere: the picker does not know who has which model",
     )
+
+
+def _check_process(pid: int) -> None:
+    """0 and below are groups of processes."""
+    try:
+        if pid > 0:
+            os.kill(pid, 0)
+            return
+    except OSError:
+        pass
+    raise ConfigError(f"drain_pid must be a process that may be ended, {pid} is none: see `ps`")
 
 
 def _first_line(path: Path) -> str:

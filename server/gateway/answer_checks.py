@@ -12,6 +12,7 @@ from cabochon.server.gateway.subject import CHAT, COMPLETIONS, MODELS, Subject, 
 NOBODY = "no-such-model-of-gateway-check"
 ANSWER_TOKENS = 16
 PREFIX_PAGES = 4
+UNKNOWN_PAGE_TOKENS = 32
 MAX_PREFIX_WORDS = 512
 NOT_FOUND = 404
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -119,18 +120,18 @@ def judge_echo(model: str, texts: Sequence[bytes]) -> Finding:
 
 async def check_prefix(subject: Subject, page_tokens: int) -> list[Finding]:
     """The same prompt twice: the picker sends it where it went before, for its cache. Raises HttpFailure."""
-    words = min(MAX_PREFIX_WORDS, PREFIX_PAGES * (page_tokens or 64), subject.long_tokens // 2)
-    body = subject.completion(new_prompt(words), 1)
-    usage: Any = None
+    num_words = PREFIX_PAGES * (page_tokens or UNKNOWN_PAGE_TOKENS)  # a word is a token or more
+    body = subject.completion(new_prompt(min(MAX_PREFIX_WORDS, num_words, subject.long_tokens // 2)), 1)
     for _ in range(2):
-        usage = (_parsed((await ask(subject.target, "POST", COMPLETIONS, body)).body) or {}).get("usage")
+        answer = await ask(subject.target, "POST", COMPLETIONS, body)
+    usage = (_parsed(answer.body) or {}).get("usage")
     cached = _cached(usage) or 0
     prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return [
         judge(
             "prefix.cached",
             cached > 0,
-            measured=f"{cached} of {prompt} tokens",
+            measured=f"{cached} of {prompt} tokens" if answer.status == OK else f"answered {answer.status}",
             limit="> 0 the second time",
             advice="turn prefix caching on, or prefix-cache-scorer off: it gathers prompts for nothing",
             otherwise=Result.WARN,

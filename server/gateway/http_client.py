@@ -231,7 +231,7 @@ async def _connect(target: Target) -> tuple[asyncio.StreamReader, asyncio.Stream
     try:
         async with asyncio.timeout(CONNECT_S):
             return await asyncio.open_connection(target.host, target.port, ssl=context)
-    except OSError as error:  # TimeoutError is one
+    except (OSError, UnicodeError) as error:  # TimeoutError is an OSError; a name may be too long
         raise HttpFailure(f"no connection to {target.url}: {type(error).__name__}") from None
 
 

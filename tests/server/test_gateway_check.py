@@ -90,6 +90,12 @@ def test_nobody_at_the_port_and_a_silent_server_are_failures(
     assert report.findings[-1].measured == "no end within 0.1 s"
 
 
+def test_the_time_of_all_checks_is_bounded(server: BrokenServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_check, "BUDGET_S", -1.0)  # with one second of load
+    (report,) = reports_of(server.url)
+    assert {row.measured for row in report.findings} == {"no end within 0 s"}
+
+
 def test_a_named_model_is_asked_and_a_key_is_sent(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
@@ -139,9 +145,12 @@ def test_the_table_has_a_row_for_each_finding_and_advice_where_it_is_needed() ->
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["http://a", "--concurrency=0"], "concurrency must be at least 1, got 0: raise it"),
+        (["http://a", "--concurrency=0"], r"concurrency must be in \[1, 512\], got 0: change it"),
         (["http://a", "--seconds=0.5"], r"seconds must be in \[1, 600\], got 0.5: change it"),
         (["http://a", "http://b", "--drain-pid=1"], "drain_pid must belong to one URL, got 2"),
+        (["http://a", "--drain-pid=0"], "drain_pid must be a process that may be ended, 0 is none"),
+        (["http://a", "--drain-pid=-1"], "drain_pid must be a process that may be ended, -1 is none"),
+        (["http://a", "--drain-pid=4194305"], "drain_pid must be a process that may be ended, 4194305"),
         (["http://a", "--api-key-file=/nonexistent"], "api_key_file must be a file with a key"),
         (["http://a", "--api-key-file=/dev/null"], "api_key_file must have a key, /dev/null has none"),
     ],
@@ -166,7 +175,7 @@ def test_the_exit_code_is_1_on_a_failure_and_0_with_warnings(
         assert run(monkeypatch, server.url, *QUICK) == 0
     table = capsys.readouterr()
     assert "load.latency       warn" in table.out
-    assert table.err == f"checking {server.url}, under 60 s\n"
+    assert table.err == f"checking {server.url}, at most 51 s\n"
     with server.broken(Fault(path=HEALTH, change=status(503))):
         assert run(monkeypatch, server.url, *QUICK, "--json") == 1
     assert json.loads(capsys.readouterr().out)["failed"] == 2
