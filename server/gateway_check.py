@@ -29,6 +29,7 @@ GROUP_S = 8.0  # for a group of checks, beside the load itself
 BUDGET_S = 50.0  # for all of them, beside load and drain
 DRAIN_GROUP_S = 45.0
 MAX_SECONDS = 600.0
+MAX_CELL_CHARS = 100
 MAX_CONCURRENCY = 512  # each is an open file here
 
 
@@ -137,9 +138,9 @@ async def check_server(target: Target, options: Options) -> Report:
 def as_table(report: Report) -> str:
     """Rows for a terminal; below each that did not pass, what to do."""
     cells = [("check", "result", "measured", "limit")]
-    cells += [(row.check, row.result.value, row.measured, row.limit) for row in report.findings]
+    cells += [(row.check, _SHOWN[row.result], _cell(row.measured), row.limit) for row in report.findings]
     widths = [max(len(row[column]) for row in cells) for column in range(3)]
-    lines = [f"{report.url}  model {report.model or 'unknown'}  {report.seconds:g} s"]
+    lines = [f"{report.url}  model {_cell(report.model or 'unknown')}  {report.seconds:g} s"]
     for number, row in enumerate(cells):
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*padded, row[3]]))
@@ -149,6 +150,13 @@ def as_table(report: Report) -> str:
     return "\n".join([*lines, ", ".join(counts)])
 
 
+def _cell(text: str) -> str:
+    """Servers choose names and headers: nothing in them moves a cursor or fills a screen."""
+    shown = "".join(char if char.isprintable() else "?" for char in text)
+    return shown if len(shown) <= MAX_CELL_CHARS else f"{shown[: MAX_CELL_CHARS - 1]}…"
+
+
+_SHOWN = {result: "FAIL" if result is Result.FAIL else result.value for result in Result}
 _WORDS = {Result.PASS: "passed", Result.WARN: "warnings", Result.FAIL: "failed", Result.SKIP: "skipped"}
 
 
@@ -162,7 +170,7 @@ def as_json(reports: Sequence[Report]) -> str:
 
 async def _guarded(name: str, checks: Coroutine[Any, Any, list[Finding]], limit_s: float) -> list[Finding]:
     try:
-        if limit_s == 0:
+        if limit_s == 0:  # a connection must not be begun only to be cancelled
             checks.close()
             raise TimeoutError
         async with asyncio.timeout(limit_s):

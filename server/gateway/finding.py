@@ -11,7 +11,7 @@ class Result(StrEnum):
 
     PASS = "pass"
     WARN = "warn"  # works, at a price that the advice names
-    FAIL = "FAIL"
+    FAIL = "fail"
     SKIP = "skip"  # there is nothing to check
 
 

@@ -81,17 +81,21 @@ def fake(**server: Any) -> Iterator[tuple[ServerProcess, Subject]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "results"),
+    ("options", "stream_s", "results"),
     [
-        ({"lame_duck_s": 1.0}, {}),
-        ({"lame_duck_s": 0.0}, {"drain.lame_duck": Result.WARN}),
-        ({"lame_duck_s": 1.0, "drain_timeout_s": 0.0}, {"drain.stream": Result.FAIL}),
+        ({"lame_duck_s": 1.0}, 1.5, {}),
+        ({"lame_duck_s": 0.0}, 1.0, {"drain.lame_duck": Result.WARN}),
+        ({"lame_duck_s": 1.0, "drain_timeout_s": 0.0}, 6.0, {"drain.stream": Result.FAIL}),
     ],
 )
 def test_a_process_that_gets_sigterm(
-    options: dict[str, float], results: dict[str, Result], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, float],
+    stream_s: float,
+    results: dict[str, Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"RATE_S": 0.2, "STREAM_S": 2.0, "PROBES_S": 0.5, "REQUEST_INTERVAL_S": 0.1}.items():
+    times = {"RATE_S": 0.2, "STREAM_S": stream_s, "PROBES_S": 0.5, "REQUEST_INTERVAL_S": 0.1}
+    for name, value in times.items():
         monkeypatch.setattr(drain_checks, name, value)
     with fake(**options) as (process, subject):
         assert broken(asyncio.run(check_drain(subject, process.process.pid))) == results
