@@ -179,7 +179,7 @@ async def _guarded(name: str, checks: Coroutine[Any, Any, list[Finding]], limit_
         what = str(error)
     except TimeoutError:
         what = f"no end within {limit_s:.2g} s"
-    advice = "see the server's log: this group of checks could not be finished"
+    advice = "see the URL and the server's log: these checks could not be finished"
     limit = f"answers within {limit_s:.2g} s"
     return [judge(f"{name}.reached", False, measured=what, limit=limit, advice=advice)]
 
@@ -233,7 +233,7 @@ async def _same_models(targets: Sequence[Target]) -> Finding:
     different = sorted(set.union(*lists) - set.intersection(*lists))
     return judge(
         "pool.models",
-        not different,
+        not different and bool(lists[0]),
         measured=f"{different[0]} is not everywhere" if different else f"{len(lists[0])} on each",
         limit="the same on every server",
         advice="serve the same names everywhere: the picker does not know who has which model",

@@ -123,6 +123,12 @@ def test_servers_of_a_pool_must_serve_the_same_models(server: BrokenServer) -> N
     assert (last.findings[-1].result, last.findings[-1].measured) == (Result.FAIL, "more is not everywhere")
 
 
+def test_a_pool_without_any_models_fails() -> None:
+    *_, last = reports_of("http://127.0.0.1:9", "http://127.0.0.1:9")
+    assert (last.findings[-1].check, last.findings[-1].result) == ("pool.models", Result.FAIL)
+    assert last.findings[-1].measured == "0 on each"
+
+
 def test_the_table_has_a_row_for_each_finding_and_advice_where_it_is_needed() -> None:
     report = Report("http://a:1", "demo", 2.5)
     report.findings = [
