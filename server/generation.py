@@ -81,7 +81,7 @@ async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerat
     try:
         async for output in engine.submit(request):
             now = time.monotonic()
-            metrics.observe_output(output, request.arrival_s, choice.last_token_s, now)
+            metrics.observe_output(output, request, choice.last_token_s, now)
             choice.last_token_s = now
             choice.num_tokens += len(output.token_ids)
             delta = _delta(choice, output)

@@ -143,6 +143,8 @@ class Service:
         """Deltas, counted. log_fields get what the access line says of them."""
         usage = job.usage
         log_fields["prompt_tokens"] = usage.prompt_tokens
+        # Before admission: who is turned away is demand too
+        self.metrics.recent.arrived(sum(len(choice.request.prompt_ids) for choice in job.choices))
         self.lifecycle.admit(len(job.choices))
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
         with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
