@@ -1,9 +1,9 @@
 """How many replicas Ray Serve should run, from what their engines say.
 
-`autoscaling_stats` is what a replica reports, `desired_replicas` the decision, which knows no Ray, and `policy`
-(or `Policy`, with goals of one's own) its form for Ray 2.60's `autoscaling_config.policy`. Delays are ours:
-set Serve's `upscale_delay_s` and `downscale_delay_s` to 0. Serve pickles the policy by value, so what it uses
-of this file must not refer to the server.
+`autoscaling_stats` is what a replica reports. `desired_replicas` is the decision, which knows no Ray;
+`policy`, and `Policy`, which takes goals, are its form for Ray 2.60's `autoscaling_config.policy`. Delays
+are ours: set Serve's `upscale_delay_s` and `downscale_delay_s` to 0. Serve pickles the policy by value, so
+what it uses of this file must not refer to the server.
 """
 
 import math
