@@ -46,7 +46,7 @@ class Replica:
         self.queue: deque[Request] = deque()
         self.batch: list[Request] = []
         self.recent = Recent(clock)
-        self.reports: deque[tuple[float, dict[str, float]]] = deque(maxlen=4)
+        self.reports: deque[tuple[float, dict[str, float]]] = deque(maxlen=2)
         self.is_silent = False  # sends no more reports
         self._clock = clock
         self._has_worked = False
