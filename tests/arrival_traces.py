@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "ramp": Shape(25, lambda s: 8 + 16 * min(1.0, max(0.0, s - 180) / 1200)),
+    "ramp": Shape(18, lambda s: 8 + 24 * min(1.0, max(0.0, s - 180) / 720)),
     "burst": Shape(20, lambda s: 20.0 if 300 <= s < 600 else 3.0),
     "diurnal": Shape(90, lambda s: 3 + 15 * math.sin(math.pi * min(s, 3600) / 3600)),
     "noise": Shape(60, lambda _: 9.6),  # 2.4 replicas of replica_pool: 0.8 of three

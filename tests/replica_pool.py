@@ -130,7 +130,7 @@ class ReplicaPool:
         decide: Decide,
         *,
         start: int = 1,
-        bounds: tuple[int, int] = (1, 12),
+        bounds: tuple[int, int] = (1, 16),
         start_up_s: float = 120.0,
         make_context: Callable[..., Any] = SimpleNamespace,
     ) -> None:

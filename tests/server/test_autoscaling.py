@@ -16,6 +16,7 @@ from replica_pool import REPORT_S, TICK_S, Decide, ReplicaPool, Run
 from tools import need_package
 
 from cabochon.engine.errors import ConfigError
+from cabochon.server import autoscaling
 from cabochon.server.autoscaling import (
     Goals,
     Memory,
@@ -65,7 +66,12 @@ def test_in_a_ramp_replicas_are_ready_before_anybody_waits_too_long() -> None:
     assert max(run.worst_wait_s) < GOALS.slo_s
     assert run.late_share(GOALS.slo_s) == 0
     assert run.direction_changes == 0
-    assert max(run.targets) <= 9  # 24 requests a second are six replicas, 7.5 at `high`, 10 at `low`
+    assert max(run.targets) <= 14  # 32 requests a second are eight replicas, 10 at `high`, 13.3 at `low`
+
+
+def test_without_the_trend_of_the_demand_a_ramp_is_seen_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaling, "_growth", lambda points: 0.0)
+    assert play("ramp", start=3).late_share(GOALS.slo_s) > 0.03
 
 
 def test_longer_prompts_scale_though_requests_stay_as_many() -> None:
@@ -100,13 +106,13 @@ def test_a_day_has_one_turn() -> None:
 def test_noise_around_a_threshold_does_not_make_the_pool_flap() -> None:
     run = play("noise", start=3)
     assert run.direction_changes == 0
-    assert set(run.targets) <= {3, 4}
+    assert set(run.targets) <= {3, 4, 5}
 
 
 def test_one_hot_replica_is_no_reason_to_grow() -> None:
     run = play("steady", start=4, hot_share=0.6)
     assert max(run.worst_wait_s) > 100  # it is far beyond its rate, and new replicas would not relieve it
-    assert set(run.targets) == {4}
+    assert max(run.targets) == max(play("steady", start=4).targets)
 
 
 def test_a_silent_replica_neither_adds_demand_nor_lets_the_pool_shrink() -> None:
@@ -117,7 +123,7 @@ def test_a_silent_replica_neither_adds_demand_nor_lets_the_pool_shrink() -> None
 
     pool.on_tick = silence
     assert set(pool.play(arrival_traces.read("steady")).targets) == {6}
-    assert ReplicaPool(policy, start=6).play(arrival_traces.read("steady")).targets[-1] == 4
+    assert ReplicaPool(policy, start=6).play(arrival_traces.read("steady")).targets[-1] < 6
 
 
 def serves_own(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Decide, Callable[..., Any]]:
@@ -128,7 +134,7 @@ def serves_own(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Decide,
         from ray.serve.autoscaling_policy import _apply_autoscaling_config
         from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-    config = AutoscalingConfig(min_replicas=1, max_replicas=12, **options)
+    config = AutoscalingConfig(min_replicas=1, max_replicas=16, **options)
     decide = _apply_autoscaling_config(_resolve_policy_callable(config.policy))
     unused = dict.fromkeys(("app_name", "last_scale_up_time", "last_scale_down_time"))
     names = {"deployment_id": "d", "deployment_name": "d", "total_queued_requests": 0}
