@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from cabochon.server.service import Service
 
 TTFT_QUANTILE = 0.9
-# What a trend is read from. On six ramps and six noises in tests/replica_pool.py 120 s is too late for half of
-# the ramps, and 60 s flaps under noise
+# What a trend is read from. On six ramps and six noises in tests/replica_pool.py 120 s is too late for half
+# of the ramps, and 60 s flaps under noise
 TREND_S, TREND_POINT_S, TREND_MIN_POINTS = 90.0, 10.0, 8
 TREND_LAG_S = 15.0  # arrivals are a mean over half a minute
 MAX_GROWTH = 2.0  # a trend is believed up to twice the present demand

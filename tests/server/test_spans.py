@@ -109,7 +109,7 @@ def test_a_traceparent_is_the_parent_and_its_trace_id_is_in_the_log(
     assert root.parent is not None
     assert format(root.parent.span_id, "016x") == PARENT_ID
     assert root.context.trace_state.get("vendor") == "1"
-    assert f" trace_id={TRACE_ID} " in caplog.text
+    wait_until(lambda: f" trace_id={TRACE_ID} " in caplog.text)  # written when the span has ended
 
 
 @pytest.mark.parametrize(
