@@ -29,6 +29,7 @@ from cabochon.server.head_limit import LimitedHead
 from cabochon.server.prompts import load_prompts
 from cabochon.server.service import VERSION, Service
 from cabochon.server.settings import Settings
+from cabochon.server.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ async def serve(settings: Settings) -> int:
     # What a wrong option breaks is found before minutes of loading
     ApiKeys(settings.server.api_key_file)
     check_directory(settings.engine.lora_dir)
+    tracing = start_tracing(settings.server.otlp_endpoint)
     with bind(settings.server.host, settings.server.port) as sock:
         directory = await find_model(settings)
         prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
@@ -87,7 +89,13 @@ async def serve(settings: Settings) -> int:
             raise
         client = engine.result()
         try:
-            service = Service(client, prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
+            service = Service(
+                client,
+                prompts.result(),
+                named(settings),
+                lora_dir=settings.engine.lora_dir,
+                tracing=tracing,
+            )
             return await serve_engine(service, sock)
         finally:
             await client.shutdown()
@@ -159,6 +167,8 @@ async def serve_engine(service: Service, sock: socket.socket) -> int:
     finally:
         watch.cancel()
         await service.engine.shutdown()
+        if service.tracing is not None:
+            await service.tracing.close()
     return end.exit_code
 
 
