@@ -46,7 +46,7 @@ class EngineConfig:
     max_lora_rank: int = 64  # of an adapter; on a GPU every slot takes room for it
     merge_lora: str | None = None  # NAME=PATH: add the adapter to the weights, and serve the sum as NAME
     kv_events_endpoint: str | None = (
-        None  # address such as tcp://*:5557: who connects hears of cached pages WITH THEIR TOKEN IDS; None: off
+        None  # address such as tcp://*:5557: readers get the TOKEN IDS of cached pages there; None: off
     )
     kv_events_topic: str | None = (
         None  # kv@POD@MODEL, part of each message; None: this host, the model's name

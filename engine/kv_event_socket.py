@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from cabochon.engine.errors import ConfigError
-from cabochon.engine.kv_events import KVEvents
+from cabochon.engine.kv_events import KVEvents, on_wire
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class KVEventSocket:
         self._encoder = msgspec.msgpack.Encoder()
         context = zmq.Context()
         self._socket = context.socket(zmq.XPUB)
-        weakref.finalize(self, context.destroy, linger=0)
+        weakref.finalize(self, _close, self._socket, context)
         self._socket.set_hwm(MAX_UNREAD)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEARD_BYTES)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # a topic that another reader has, too
@@ -53,7 +53,8 @@ class KVEventSocket:
             self.events.restart()
         if not self.events.has_more:
             return
-        payload = self._encoder.encode((time.time(), self.events.take(MAX_PAGES)))
+        events = [on_wire(event) for event in self.events.take(MAX_PAGES)]
+        payload = self._encoder.encode((time.time(), events))
         number = self._num_sent.to_bytes(8, "big")
         self._socket.send_multipart((self._topic, number, payload), zmq.NOBLOCK)
         self._num_sent += 1
@@ -66,3 +67,9 @@ class KVEventSocket:
             except zmq.Again:
                 break
         return is_new
+
+
+def _close(socket: "zmq.Socket[bytes]", context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    """In this order: a context waits for its sockets."""
+    socket.close(linger=0)
+    context.term()

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from cabochon.engine.adapters.slots import LoadedAdapter
@@ -17,8 +16,8 @@ from cabochon.engine.adapters.slots import LoadedAdapter
 MEDIUM = "GPU"  # the reader's word for the engine's own pages, wherever they are
 
 
-class BlockStored(msgspec.Struct, array_like=True, tag=True, frozen=True):
-    """Consecutive pages that can be found now. The order of the fields is the format."""
+class BlockStored(NamedTuple):
+    """Consecutive pages that can be found now. Names and order of the fields are the format."""
 
     block_hashes: list[int]
     parent_block_hash: int | None  # of the page before them; None: they begin a prompt
@@ -29,14 +28,14 @@ class BlockStored(msgspec.Struct, array_like=True, tag=True, frozen=True):
     lora_name: str | None = None  # None: the base model's
 
 
-class BlockRemoved(msgspec.Struct, array_like=True, tag=True, frozen=True):
+class BlockRemoved(NamedTuple):
     """Pages that can be found no more."""
 
     block_hashes: list[int]
     medium: str = MEDIUM
 
 
-class AllBlocksCleared(msgspec.Struct, array_like=True, tag=True, frozen=True):
+class AllBlocksCleared(NamedTuple):
     """Forget everything: what can be found follows."""
 
 
@@ -133,6 +132,11 @@ class KVEvents:
             block_size=self._page_tokens,
             lora_name=None if first.adapter is None else first.adapter.name,
         )
+
+
+def on_wire(event: Event) -> tuple[object, ...]:
+    """As it is sent: an array that begins with its kind."""
+    return (type(event).__name__, *event)
 
 
 def public_hash(name: bytes) -> int:
