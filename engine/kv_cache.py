@@ -33,10 +33,10 @@ class KVCache:
         self.page_tokens = rows.page_tokens
         self._rows = rows
         self._hasher = hasher
-        self._events = events
         self._windows = tuple(windows)
         self._tables = rows.page_tables
         self._globals = [group for group, window in enumerate(windows) if window is None]
+        self._events = events if self._globals else None  # prefixes are what global groups find
         self._sliding = [  # windows and their groups: groups of one window hold the same page indices
             (window, [group for group, other in enumerate(windows) if other == window])
             for window in sorted({window for window in windows if window is not None})
@@ -252,10 +252,9 @@ class KVCache:
             return
         tokens, P = self._known_tokens(request), self.page_tokens
         for page_idx in range(start, len(names)):
-            name, parent = names[page_idx], names[page_idx - 1] if page_idx else None
-            if self._globals and all(self.pool.lookup(group, name) is not None for group in self._globals):
-                page = tokens[page_idx * P : (page_idx + 1) * P].tobytes()
-                self._events.store(name, parent, page, adapter)
+            parent = names[page_idx - 1] if page_idx else None
+            page = tokens[page_idx * P : (page_idx + 1) * P].tobytes()
+            self._events.store(names[page_idx], parent, page, adapter)
 
     def _release(self, pages: NDArray[np.int32]) -> None:
         """pages: [num_pages, num_groups], given back in that order; null pages are skipped."""

@@ -16,8 +16,8 @@ from cabochon.engine.kv_events import KVEvents, on_wire
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREAD = 4096  # messages of a slow reader; then it misses some, and sees it by their numbers
-MAX_PAGES = 1024  # in a message: about a millisecond of a step
+MAX_UNREAD = 1024  # messages of a slow reader, 50 MB at worst; then it misses some, as their numbers show
+MAX_PAGES = 512  # in a message: less than a millisecond of a step
 MAX_HEARD = 64  # messages of readers that are looked at in a step
 MAX_HEARD_BYTES = 1024  # they hold a topic; who sends more is cut off
 
