@@ -14,9 +14,12 @@ import pytest
 from fake_process import ServerProcess
 from fake_server import wait_until
 
+from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.fake import FAKE_INFO, FakeEngine
-from cabochon.server.serve import _print_banner, bind
+from cabochon.server.config import ServerConfig
+from cabochon.server.serve import _print_banner, bind, with_topic
+from cabochon.server.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,20 @@ def test_an_address_of_ipv6_is_bound() -> None:
             assert sock.family is socket.AF_INET6
     except ConfigError:
         pytest.skip("no IPv6 loopback here")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "topic"),
+    [
+        ((), {}, f"kv@{socket.gethostname()}@demo"),
+        (("gemma", "alias"), {}, f"kv@{socket.gethostname()}@gemma"),
+        ((), {"merge_lora": "tickets=/adapter"}, f"kv@{socket.gethostname()}@tickets"),
+        (("gemma",), {"kv_events_topic": "kv@pod@m"}, "kv@pod@m"),
+        (("gemma",), {"kv_events_endpoint": None}, None),
+    ],
+)
+def test_events_name_the_model_as_clients_do(
+    names: tuple[str, ...], options: dict[str, Any], topic: str | None
+) -> None:
+    engine = EngineConfig(**{"kv_events_endpoint": "tcp://*:5557"} | options)
+    assert with_topic(Settings(ServerConfig(served_model_name=names), engine)).kv_events_topic == topic
