@@ -1,5 +1,6 @@
 """Options of the engine: frozen, flat, each with its unit. `auto` and None are settled once, in load.py."""
 
+import socket
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,12 @@ class EngineConfig:
     max_loras: int = 8  # adapters in one batch, each in a slot of the device; more wait in host memory
     max_lora_rank: int = 64  # of an adapter; on a GPU every slot takes room for it
     merge_lora: str | None = None  # NAME=PATH: add the adapter to the weights, and serve the sum as NAME
+    kv_events_endpoint: str | None = (
+        None  # address such as tcp://*:5557: readers get the TOKEN IDS of cached pages there; None: off
+    )
+    kv_events_topic: str | None = (
+        None  # kv@POD@MODEL, part of each message; None: this host, the model's name
+    )
     threads: int | None = None  # torch threads on CPU; None: the cores this process may use
 
     def __post_init__(self) -> None:
@@ -92,6 +99,8 @@ class EngineConfig:
             )
         if self.merge_lora is not None:
             split_module("merge_lora", self.merge_lora)
+        if self.kv_events_endpoint is not None:
+            _check_events(self.kv_events_endpoint, self.kv_events_topic, has_cache=self.prefix_caching)
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}: leave it out for all cores")
 
@@ -99,6 +108,36 @@ class EngineConfig:
     def num_slots(self) -> int:
         """For adapters; none where there can be no adapter."""
         return self.max_loras if self.lora_modules or self.lora_dir else 0
+
+
+def _check_events(endpoint: str, topic: str | None, *, has_cache: bool) -> None:
+    if not endpoint.startswith(("tcp://", "ipc://")):
+        raise ConfigError(
+            f"kv_events_endpoint must start with tcp:// or ipc://, got {endpoint}: tcp://*:5557 is usual"
+        )
+    if topic is not None and not _is_topic(topic):
+        raise ConfigError(f"kv_events_topic must be kv@POD@MODEL, got {topic}: routers split it at the @")
+    if not has_cache:
+        raise ConfigError(
+            "kv_events_endpoint must be left out without prefix_caching, which finds no page again, got"
+            f" {endpoint}: leave it out, or turn prefix_caching on"
+        )
+
+
+def _is_topic(topic: str) -> bool:
+    """Whether routers can tell the pod from the model."""
+    parts = topic.split("@")
+    return len(parts) == 3 and parts[0] == "kv" and all(parts)
+
+
+def default_topic(model: str) -> str:
+    """Of this host's events. Raises ConfigError if a name has an @."""
+    topic = f"kv@{socket.gethostname()}@{model}"
+    if not _is_topic(topic):
+        raise ConfigError(
+            f"kv_events_topic must be kv@POD@MODEL, got {topic} from the host's and the model's name: set it"
+        )
+    return topic
 
 
 def split_module(option: str, module: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,9 @@ from cabochon.engine.plan import Plan, StepResult
 from cabochon.engine.rows import Rows
 from cabochon.engine.runner import StepRunner
 from cabochon.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:  # pyzmq is optional
+    from cabochon.engine.kv_event_socket import KVEventSocket
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +53,9 @@ class EngineCore:
         adapters: Adapters,
         *,
         depth: int = 1,
+        kv_events: "KVEventSocket | None" = None,
     ) -> None:
-        """depth: steps on the device at once, 1 or 2."""
+        """depth: steps on the device at once, 1 or 2. kv_events: tells others after each."""
         self.scheduler = scheduler
         self.adapters = adapters
         self._grammars = grammars
@@ -61,6 +65,7 @@ class EngineCore:
         self._runner = runner
         self._rows = rows
         self._depth = depth
+        self.kv_events = kv_events
         self._flying: deque[_Flying] = deque()
         self._landed_s = 0.0
         self._steps = 0
@@ -114,7 +119,12 @@ class EngineCore:
 
     def drop_adapter(self, name: str) -> None:
         """No new request can name it; those that have keep it until they end. Raises UnknownAdapter."""
-        self.scheduler.slots.forget(self.adapters.remove(name))
+        self._forget_adapter(self.adapters.remove(name))
+
+    def _forget_adapter(self, adapter: LoadedAdapter) -> None:
+        self.scheduler.slots.forget(adapter)
+        if self.kv_events is not None:
+            self.kv_events.events.retire(adapter)
 
     def step(self) -> tuple[list[RequestOutput], list[Refusal]]:
         """One step: new tokens of every request in it, and the requests it had to give up.
@@ -123,7 +133,7 @@ class EngineCore:
         the host is busy with those. A grammar's mask needs the token before it: then the depth is 1.
         """
         for replaced in self.adapters.finish_loads():
-            self.scheduler.slots.forget(replaced)
+            self._forget_adapter(replaced)
         outputs, refusals = self._hear_grammars() if self._matchers else ([], [])
         depth = 1 if self._matchers else self._depth
         while len(self._flying) >= depth:
@@ -139,6 +149,8 @@ class EngineCore:
                 self._grammars.poll(WAIT_S)
         if self._flying and (plan is None or len(self._flying) >= depth):
             self._land(outputs, refusals)
+        if self.kv_events is not None:
+            self.kv_events.send()
         return outputs, refusals
 
     def _launch(self, plan: Plan, *, is_ahead: bool) -> None:
@@ -181,7 +193,9 @@ class EngineCore:
         """While idle: a piece of work that makes later steps faster. Returns whether there is more."""
         self._land_leftovers()
         self._runner.get_ready()
-        return self.num_unprepared > 0
+        if self.kv_events is not None:
+            self.kv_events.send()
+        return self.num_unprepared > 0 or (self.kv_events is not None and self.kv_events.events.has_more)
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cabochon.engine.hashing import PageHasher
+from cabochon.engine.kv_events import KVEvents
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.request import Request
 from cabochon.engine.rows import NULL_PAGE, Rows
@@ -20,8 +21,14 @@ class KVCache:
     """windows[g]: W of layer group g in tokens, or None. Without a hasher nothing is shared."""
 
     def __init__(
-        self, rows: Rows, pool: PagePool, hasher: PageHasher | None, windows: Sequence[int | None]
+        self,
+        rows: Rows,
+        pool: PagePool,
+        hasher: PageHasher | None,
+        windows: Sequence[int | None],
+        events: KVEvents | None = None,
     ) -> None:
+        """events: told of pages that can be found; of those that are lost the pool tells it."""
         self.pool = pool
         self.page_tokens = rows.page_tokens
         self._rows = rows
@@ -29,6 +36,7 @@ class KVCache:
         self._windows = tuple(windows)
         self._tables = rows.page_tables
         self._globals = [group for group, window in enumerate(windows) if window is None]
+        self._events = events if self._globals else None  # prefixes are what global groups find
         self._sliding = [  # windows and their groups: groups of one window hold the same page indices
             (window, [group for group, other in enumerate(windows) if other == window])
             for window in sorted({window for window in windows if window is not None})
@@ -229,6 +237,24 @@ class KVCache:
                     if page != NULL_PAGE:
                         self.pool.register(page, group, name)
             request.num_registered = len(names)
+            if self._events is not None:
+                self._announce(request, start, names)
+
+    def _announce(self, request: Request, start: int, names: list[bytes]) -> None:
+        """Tell of the pages from `start` on.
+
+        Not with a salt: who hashes token ids alone would send requests that cannot hit, and no tenant's salt
+        may leave the process. Not of an adapter that new requests cannot name.
+        """
+        assert self._events is not None
+        adapter = request.adapter
+        if request.message.cache_salt is not None or (adapter is not None and adapter.is_unloaded):
+            return
+        tokens, P = self._known_tokens(request), self.page_tokens
+        for page_idx in range(start, len(names)):
+            parent = names[page_idx - 1] if page_idx else None
+            page = tokens[page_idx * P : (page_idx + 1) * P].tobytes()
+            self._events.store(names[page_idx], parent, page, adapter)
 
     def _release(self, pages: NDArray[np.int32]) -> None:
         """pages: [num_pages, num_groups], given back in that order; null pages are skipped."""

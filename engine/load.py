@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,7 @@ from cabochon.engine.adapters.merge import open_weights
 from cabochon.engine.adapters.peft_format import read_adapter
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.attention import Backend, make_attention
-from cabochon.engine.config import EngineConfig, split_module
+from cabochon.engine.config import EngineConfig, default_topic, split_module
 from cabochon.engine.core import EngineCore
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.flash_probe import check_flash, settle_page_tokens
@@ -25,6 +26,7 @@ from cabochon.engine.gpu_memory import GIB, PROBE_TOKENS, measure_graphs, measur
 from cabochon.engine.grammars import Grammars
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
+from cabochon.engine.kv_events import KVEvents
 from cabochon.engine.kv_layout import KVLayout, kv_layout
 from cabochon.engine.kv_pages import FP8, KVPages
 from cabochon.engine.linear import ROW_MULTIPLE
@@ -48,6 +50,9 @@ from cabochon.engine.settle import (
     settle_linear,
 )
 from cabochon.engine.streams import stream_for
+
+if TYPE_CHECKING:  # pyzmq is optional
+    from cabochon.engine.kv_event_socket import KVEventSocket
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ def load_engine(
     make_linear = settle_linear(config, device, dtype_name)
     layout, kv_dtype = _settle_layout(config, model_config, backend, dtype, device)
     max_len = _wanted_len(config, model_config)
+    kv_events = _open_kv_events(config, layout)
     is_measured = device.type == "cuda" and config.kv_cache_gib is None
     if not is_measured:  # what cannot hold is found before minutes of loading
         num_pages = int((config.kv_cache_gib or CPU_POOL_GIB) * GIB) // layout.page_bytes
@@ -92,7 +98,7 @@ def load_engine(
     if is_measured:
         num_pages = builder.measured_pages(max_len)
         max_len = _settle_max_model_len(config, max_len, layout, num_pages)
-    core, pages = builder.build(num_pages, max_len)
+    core, pages = builder.build(num_pages, max_len, kv_events)
     info = EngineInfo(
         model=config.model,
         architecture=model_config.architecture,
@@ -127,6 +133,21 @@ def _settle_layout(
     kv_dtype = settle_kv_dtype(config, backend, dtype)
     page_tokens = settle_page_tokens(config.page_tokens, backend)
     return kv_layout(model, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8), kv_dtype
+
+
+def _open_kv_events(config: EngineConfig, layout: KVLayout) -> "KVEventSocket | None":
+    """None if nobody is to be told. Raises ConfigError."""
+    if config.kv_events_endpoint is None:
+        return None
+    topic = config.kv_events_topic or default_topic(config.model)
+    try:
+        from cabochon.engine.kv_event_socket import KVEventSocket  # pyzmq is optional
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"kv_events_endpoint needs pyzmq, got {error}: install cabochon[kv-events], or leave it out"
+        ) from None
+    groups = [group for group, window in enumerate(layout.windows) if window is None]
+    return KVEventSocket(config.kv_events_endpoint, topic, KVEvents(layout.page_tokens, groups))
 
 
 def _load_adapters(
@@ -229,9 +250,13 @@ class _CoreBuilder:
     grammars: Grammars
     adapters: Adapters
 
-    def build(self, num_pages: int, max_model_len: int) -> tuple[EngineCore, KVPages]:
+    def build(
+        self, num_pages: int, max_model_len: int, kv_events: "KVEventSocket | None" = None
+    ) -> tuple[EngineCore, KVPages]:
         """An idle core with that many pages."""
         config, model = self.config, self.model
+        events = None if kv_events is None else kv_events.events
+        pool = PagePool(num_pages, None if events is None else events.lose)
         rows = Rows(
             max_seqs=config.max_seqs,
             max_model_len=max_model_len,
@@ -240,7 +265,7 @@ class _CoreBuilder:
         )
         pages = KVPages(model.config, self.layout, num_pages, self.kv_dtype, self.device)
         hasher = PageHasher(os.urandom(32)) if config.prefix_caching else None
-        cache = KVCache(rows, PagePool(num_pages), hasher, self.layout.windows)
+        cache = KVCache(rows, pool, hasher, self.layout.windows, events)
         scheduler = Scheduler(
             rows,
             cache,
@@ -252,7 +277,9 @@ class _CoreBuilder:
         )
         depth = config.step_depth if self.has_device_rows else 1
         runner = self._runner(rows, pages)
-        core = EngineCore(scheduler, runner, rows, cache, self.grammars, self.adapters, depth=depth)
+        core = EngineCore(
+            scheduler, runner, rows, cache, self.grammars, self.adapters, depth=depth, kv_events=kv_events
+        )
         return core, pages
 
     @property

@@ -5,14 +5,18 @@ and an intrusive doubly linked list, no objects per page: removal from the middl
 v1/core/block_pool.py). Knows nothing of tensors, sequences or windows.
 """
 
+from collections.abc import Callable
+
 NIL = 0  # page 0 is the null page, never in the list: it serves as the list's sentinel
 
 
 class PagePool:
     """Pages 1..num_pages. The head of the free list is reused first, the tail last."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, on_lost: Callable[[int, bytes], None] | None = None) -> None:
+        """on_lost: told the group and the content of a page that can be found no more."""
         self.num_pages = num_pages
+        self._on_lost = on_lost
         self.num_cached = 0
         self.num_free = num_pages  # cached ones included: they can be had at once
         self._references = [0] * (num_pages + 1)
@@ -38,10 +42,7 @@ class PagePool:
         assert self.num_free, "no free page"
         page = self._next[NIL]
         self._unlink(page)
-        name = self._name[page]
-        if name is not None:
-            self._name[page] = None
-            del self._page_of[name]
+        self._lose_name(page)
         self._references[page] = 1
         return page
 
@@ -71,10 +72,7 @@ class PagePool:
     def forget(self, page: int) -> None:
         """Take the name of a page in use, if it has one."""
         assert self._references[page] > 0, "only pages in use are forgotten"
-        name = self._name[page]
-        if name is not None:
-            self._name[page] = None
-            del self._page_of[name]
+        self._lose_name(page)
 
     def lookup(self, group: int, content: bytes) -> int | None:
         """The page with that content, used or cached."""
@@ -95,6 +93,14 @@ class PagePool:
         assert self.num_cached == sum(self._name[page] is not None for page in listed), "wrong num_cached"
         names = {name: page for page, name in enumerate(self._name) if name is not None}
         assert names == self._page_of, "names and pages disagree"
+
+    def _lose_name(self, page: int) -> None:
+        name = self._name[page]
+        if name is not None:
+            self._name[page] = None
+            del self._page_of[name]
+            if self._on_lost is not None:
+                self._on_lost(*name)
 
     def _unlink(self, page: int) -> None:
         before, after = self._previous[page], self._next[page]

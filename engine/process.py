@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PARENT_CHECK_S = 1.0
 PROGRESS_S = 0.1
+LISTEN_S = 1.0  # an idle engine looks for new readers of its KV events
 
 
 class Inbox:
@@ -50,11 +51,12 @@ class Inbox:
         self._poll.register(sock, select.POLLIN)
         self._reader = FrameReader()
 
-    def drain(self, *, wait: bool) -> list[Message]:
-        """All messages that have arrived; with `wait`, at least one."""
+    def drain(self, *, wait: bool, at_most_s: float | None = None) -> list[Message]:
+        """All messages that have arrived; with `wait`, at least one, unless none came in at_most_s."""
         messages: list[Message] = []
+        wait_ms = None if at_most_s is None else 1000 * at_most_s
         while True:
-            if not self._poll.poll(None if wait and not messages else 0):
+            if not self._poll.poll(wait_ms if wait and not messages else 0):
                 return messages
             data = self._sock.recv(1 << 18)
             if not data:
@@ -80,8 +82,9 @@ def serve(sock: socket.socket) -> None:
 
 def _run(core: EngineCore, inbox: Inbox, sock: socket.socket) -> None:
     is_ready = False
+    listen_s = None if core.kv_events is None else LISTEN_S
     while True:
-        messages = inbox.drain(wait=is_ready and not core.has_work)
+        messages = inbox.drain(wait=is_ready and not core.has_work, at_most_s=listen_s)
         if not messages and not core.has_work:
             is_ready = not core.get_ready()
             continue

@@ -31,15 +31,32 @@ from cabochon.server.tools import tool_use
 from cabochon.server.ui import add_ui
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# FastAPI's own spans and logs, which quote exceptions, go to whatever global provider the process has (Ray
+# may set one) or the environment names. Ours (`spans`) quote nothing. A FastAPI too old to know the argument
+# has none
+NO_TELEMETRY: Any = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 INLINE_BYTES = 16 * 2**10  # a millisecond mostly; a larger body is parsed aside, so that streams go on
 
 
 def build_app(service: Service) -> FastAPI:
     """All routes. The caller starts and stops the engine, and drains through service.lifecycle."""
-    app = FastAPI(title="Cabochon", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(
+        title="Cabochon",
+        version=VERSION,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        telemetry=NO_TELEMETRY,
+    )
     app.openapi = with_bodies(app.openapi)  # type: ignore[method-assign]  # the documented way to extend it
     app.state.service = service
-    app.add_middleware(Border, keys=ApiKeys(service.config.api_key_file))
+    app.add_middleware(Border, keys=ApiKeys(service.config.api_key_file), tracing=service.tracing)
     _add_generation(app, service)
     _add_tokenizer(app, service)
     _add_models(app, service)

@@ -1,4 +1,4 @@
-"""The command: cabochon serve | generate | verify | adapters | config | version. See `cabochon --help`."""
+"""The command: cabochon serve | generate | verify | adapters | gateway-check | ... See `cabochon --help`."""
 
 import asyncio
 import contextlib
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from uuid import uuid4
 
 import uvloop
@@ -18,6 +19,8 @@ from cabochon.engine.errors import ConfigError, EngineError, ModelError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.server.config import RayConfig
+from cabochon.server.gateway.finding import Result
+from cabochon.server.gateway_check import as_json, as_table, check_servers, read_options
 from cabochon.server.logs import set_up_logging
 from cabochon.server.prompts import load_prompts
 from cabochon.server.serve import find_model, serve, start_engine
@@ -30,6 +33,7 @@ USAGE = """cabochon COMMAND [--option VALUE ...]
   generate PROMPT    continue a prompt in the terminal
   verify [MODEL]     compare logits and greedy tokens with transformers, on this machine and these weights
   adapters [PATH ..] check LoRA adapters: rank, base model, bytes, or why one is refused
+  gateway-check URL  does a model server fit behind the GKE Inference Gateway? (gateway-check --help)
   config             print the settings that the options give, as YAML
   version            print the version
 
@@ -42,6 +46,8 @@ def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 wrong usage."""
     set_process_environment()
     command, *args = sys.argv[1:] or ["--help"]
+    if command == "gateway-check":  # has options of its own, and asks any server
+        sys.exit(_guarded(lambda: _gateway_check(args)))
     if command in ("--help", "-h", "help") or "--help" in args:
         print(USAGE + option_help())
         sys.exit(0)
@@ -50,17 +56,29 @@ def main() -> None:
         sys.exit(0)
     if command == "verify":  # needs torch and transformers, which this process never loads
         os.execv(sys.executable, [sys.executable, "-m", "cabochon.engine.models.verify", *args])
+    sys.exit(_guarded(lambda: _run(command, args)))
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """The exit code of a command; errors as a line for people."""
     try:
-        sys.exit(_run(command, args))
+        return work()
     except ConfigError as error:
-        sys.exit(_complain(error, 2))
+        return _complain(error, 2)
     except (ModelError, EngineError) as error:
-        sys.exit(_complain(error, 1))
+        return _complain(error, 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # `cabochon generate ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent
-        sys.exit(1)
+        return 1
+
+
+def _gateway_check(args: list[str]) -> int:
+    options = read_options(args)
+    reports = asyncio.run(check_servers(options, lambda line: print(line, file=sys.stderr)))
+    print(as_json(reports) if options.is_json else "\n\n".join(map(as_table, reports)))
+    return int(any(report.count(Result.FAIL) for report in reports))
 
 
 def _run(command: str, args: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Options of the HTTP server: frozen, flat, each with its unit."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,12 +26,17 @@ class ServerConfig:
     step_timeout_s: float = 60.0  # work pending and no step for that long: the engine counts as hung
     lame_duck_s: float = 0.0  # after SIGTERM: health says 503, new requests are still served (30 on GKE)
     drain_timeout_s: float = 60.0  # then running requests may finish; at the end they get an error
+    otlp_endpoint: str | None = None  # http://collector:4318 gets traces (extra `otel`); None: there are none
     log_format: Literal["plain", "json"] = "plain"  # json: a JSON object per line
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         if self.api_key_file == "":
             raise ConfigError("api_key_file must name a file with keys, got an empty name: leave it out")
+        if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^/\s]+\S*", self.otlp_endpoint):
+            raise ConfigError(
+                f"otlp_endpoint must be an http:// or https:// URL, got {self.otlp_endpoint!r}: correct it"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}: choose another")
         for name in ("max_body_bytes", "max_queued_requests", "max_queue_wait_s", "step_timeout_s"):

@@ -20,6 +20,7 @@ from ray.serve.schema import LoggingConfig
 
 from cabochon.engine.errors import EngineDead
 from cabochon.server.app import build_app
+from cabochon.server.autoscaling import autoscaling_stats
 from cabochon.server.fast_path import replica
 from cabochon.server.ingress import bind_at_once, check_direct_ingress, check_http
 from cabochon.server.logs import set_up_logging
@@ -97,6 +98,10 @@ class CabochonReplica:
         if reason := self._service.engine.dead_reason():
             raise EngineDead(reason)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it for an autoscaling policy."""
+        return autoscaling_stats(self._service)
+
     async def _watch(self) -> None:
         """Drain as soon as Serve does, end as soon as the engine is dead."""
         engine, lifecycle = self._service.engine, self._service.lifecycle
@@ -116,3 +121,5 @@ class CabochonReplica:
         with contextlib.suppress(AttributeError):
             self._watcher.cancel()
             await self._service.engine.shutdown()
+            if self._service.tracing is not None:
+                await self._service.tracing.close()

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
@@ -34,7 +34,9 @@ class Choice:
     detokenizer: Detokenizer
     is_echo_only: bool = False  # max_tokens is 0: the one token that the engine makes is not shown
     num_tokens: int = 0
-    last_token_s: float = field(default=0.0)
+    last_token_s: float = 0.0
+    last: RequestOutput | None = None
+    finish_reason: FinishReason | None = None
 
 
 async def run_choices(
@@ -81,12 +83,13 @@ async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerat
     try:
         async for output in engine.submit(request):
             now = time.monotonic()
-            metrics.observe_output(output, request.arrival_s, choice.last_token_s, now)
-            choice.last_token_s = now
+            metrics.observe_output(output, request, choice.last_token_s, now)
+            choice.last_token_s, choice.last = now, output
             choice.num_tokens += len(output.token_ids)
             delta = _delta(choice, output)
             if delta.finish_reason is not None:
                 is_finished, is_counted = output.finish_reason is not None, True
+                choice.finish_reason = delta.finish_reason
                 metrics.observe_end(request, output, choice.num_tokens, delta.finish_reason, now)
             yield delta
             if delta.finish_reason is not None:

@@ -46,13 +46,20 @@ class Lifecycle:
         if self.phase in (Phase.DRAINING, Phase.ENDED):
             raise EngineDead("the server must not be shutting down, it is: send the request to another")
 
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        # The last snapshot does not know of those that came since; a step may take long
+        return max(self._engine.stats().queued_tokens, self._unstarted_tokens)
+
+    def predicted_wait_s(self) -> float:
+        """Queued tokens over the measured rate; 0 before the first measurement."""
+        rate = self._engine.stats().prefill_tokens_per_s
+        return self.queued_tokens() / rate if rate else 0.0
+
     def admit(self, num_requests: int) -> None:
         """Raises Overloaded or EngineDead if the requests must not start now."""
         self.check_open()
-        stats = self._engine.stats()
-        # The last snapshot does not know of those that came since; a step may take long
-        queued_tokens = max(stats.queued_tokens, self._unstarted_tokens)
-        wait_s = queued_tokens / stats.prefill_tokens_per_s if stats.prefill_tokens_per_s else 0.0
+        wait_s = self.predicted_wait_s()
         if wait_s > self._config.max_queue_wait_s:
             raise Overloaded(
                 f"the predicted wait must be at most {self._config.max_queue_wait_s:g} s,"

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from cabochon.engine.engine import Engine
 from cabochon.engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput
 from cabochon.server.histogram import Histogram
+from cabochon.server.recent import Recent
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client's
 
@@ -31,6 +32,7 @@ class Metrics:
     def __init__(self, engine: Engine, model_name: str) -> None:
         engine.on_step(lambda step: self.observe_step(step.stats))
         self.registry = CollectorRegistry()
+        self.recent = Recent()
         self._model = model_name
         self._histograms: list[Histogram] = []
         self.registry.register(_Snapshot(engine, model_name))
@@ -69,14 +71,15 @@ class Metrics:
             self._step.observe(stats.step_tokens)
 
     def observe_output(
-        self, output: RequestOutput, arrival_s: float, last_token_s: float, now: float
+        self, output: RequestOutput, request: GenerateRequest, last_token_s: float, now: float
     ) -> None:
         """For every output with tokens. last_token_s is 0 before the first."""
         if not output.token_ids:
             return
         if last_token_s == 0:
-            self._first_token.observe(now - arrival_s)
-            self._queue.observe(max(0.0, output.scheduled_s - arrival_s))
+            self._first_token.observe(now - request.arrival_s)
+            self.recent.first_token(now - request.arrival_s, len(request.prompt_ids), output.cached_tokens)
+            self._queue.observe(max(0.0, output.scheduled_s - request.arrival_s))
             self._prefill.observe(max(0.0, output.first_token_s - output.scheduled_s))
         else:
             self._inter_token.observe((now - last_token_s) / len(output.token_ids))

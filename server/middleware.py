@@ -1,13 +1,14 @@
 """Around every request: its id, the API key, a last word on crashes, one line in the log.
 
-Plain ASGI, so that streams pass untouched. Handlers leave in `log_fields` what their line should say beside.
+Plain ASGI, so that streams pass untouched. Handlers leave in `log_fields` what their line should say beside,
+and find in `trace` the spans of their request, None while tracing is off.
 """
 
 import logging
 import re
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -17,6 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cabochon.server.auth import ApiKeys
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.streaming import JsonResponse
+
+if TYPE_CHECKING:
+    from cabochon.server.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +33,10 @@ CLIENT_GONE = 499  # nginx's code: no answer was started
 class Border:
     """X-Request-Id in and out, 401 without a key, 500 for a bug, an access line without any content."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, tracing: "Tracing | None" = None) -> None:
         self._app = app
         self._keys = keys
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +47,11 @@ class Border:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         log_fields: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, log_fields=log_fields)
+        trace = None
+        if self._tracing is not None and path not in QUIET:
+            trace = self._tracing.begin(scope["method"], headers)
+            log_fields["trace_id"] = trace.trace_id
+        scope.setdefault("state", {}).update(request_id=request_id, log_fields=log_fields, trace=trace)
         started_s, status = time.monotonic(), CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
@@ -63,6 +72,8 @@ class Border:
                 response = JsonResponse(answer.body(), answer.status, answer.headers)
                 await response(scope, receive, send_with_id)
         finally:
+            if trace is not None:
+                trace.end(getattr(scope.get("route"), "path", None), status, request_id)
             if path not in QUIET:
                 log_fields["ms"] = round((time.monotonic() - started_s) * 1e3)
                 _log(scope["method"], quote(path[:MAX_LOGGED_PATH]), request_id, status, log_fields)

@@ -17,7 +17,7 @@ import uvicorn
 from tqdm import tqdm
 
 from cabochon.engine.client import EngineClient
-from cabochon.engine.config import split_module
+from cabochon.engine.config import EngineConfig, default_topic, split_module
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
@@ -29,6 +29,7 @@ from cabochon.server.head_limit import LimitedHead
 from cabochon.server.prompts import load_prompts
 from cabochon.server.service import VERSION, Service
 from cabochon.server.settings import Settings
+from cabochon.server.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ async def find_model(settings: Settings) -> Path:
 
 async def start_engine(settings: Settings, directory: Path) -> EngineClient:
     """Spawn the engine and wait until it is ready, with a progress bar after a second."""
-    client = EngineClient(settings.engine, directory, step_timeout_s=settings.server.step_timeout_s)
+    client = EngineClient(with_topic(settings), directory, step_timeout_s=settings.server.step_timeout_s)
     with tqdm(desc="Loading weights", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
 
         def on_progress(done: int, total: int) -> None:
@@ -90,6 +91,7 @@ def check_files(settings: Settings) -> None:
 
 async def start_service(settings: Settings) -> Service:
     """A ready engine, with all that the app needs around it. The caller shuts the engine down."""
+    tracing = start_tracing(settings.server.otlp_endpoint)
     directory = await find_model(settings)
     prompts = asyncio.create_task(asyncio.to_thread(load_prompts, directory, settings.server))
     engine = asyncio.create_task(start_engine(settings, directory))
@@ -98,7 +100,13 @@ async def start_service(settings: Settings) -> Service:
     except BaseException:
         engine.cancel()
         raise
-    return Service(engine.result(), prompts.result(), named(settings), lora_dir=settings.engine.lora_dir)
+    return Service(
+        engine.result(),
+        prompts.result(),
+        named(settings),
+        lora_dir=settings.engine.lora_dir,
+        tracing=tracing,
+    )
 
 
 def named(settings: Settings) -> ServerConfig:
@@ -107,6 +115,15 @@ def named(settings: Settings) -> ServerConfig:
         return settings.server
     name, _ = split_module("merge_lora", settings.engine.merge_lora)
     return dataclasses.replace(settings.server, served_model_name=(name,))
+
+
+def with_topic(settings: Settings) -> EngineConfig:
+    """The engine's options; its events name the model as clients do. Raises ConfigError."""
+    engine = settings.engine
+    if engine.kv_events_endpoint is None or engine.kv_events_topic is not None:
+        return engine
+    names = named(settings).served_model_name or (engine.model,)
+    return dataclasses.replace(engine, kv_events_topic=default_topic(names[0]))
 
 
 def _exit_now(number: int) -> None:
@@ -167,6 +184,8 @@ async def serve_engine(service: Service, sock: socket.socket) -> int:
     finally:
         watch.cancel()
         await service.engine.shutdown()
+        if service.tracing is not None:
+            await service.tracing.close()
     return end.exit_code
 
 

@@ -1,12 +1,13 @@
 """What the routes share: from a parsed body to engine requests, and from their text to an answer."""
 
 import secrets
+import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from starlette.requests import Request
@@ -36,6 +37,9 @@ from cabochon.server.response_events import ResponseAnswer
 from cabochon.server.responses import ResponsesRequest, in_our_words
 from cabochon.server.streaming import EventStream, JsonResponse, or_disconnect
 
+if TYPE_CHECKING:
+    from cabochon.server.spans import Trace, Tracing
+
 VERSION = version("cabochon")
 MAX_LISTED = 32  # names in an error
 
@@ -46,7 +50,7 @@ class Job:
 
     choices: list[Choice]
     answer: Answer
-    usage: Usage
+    head: Head
     prompts_of: list[int]  # per choice, which prompt it continues
     is_stream: bool
 
@@ -55,12 +59,19 @@ class Service:
     """One served model: engine, tokenizer, names, adapters, metrics and lifecycle."""
 
     def __init__(
-        self, engine: Engine, prompts: Prompts, config: ServerConfig, *, lora_dir: str | None = None
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        config: ServerConfig,
+        *,
+        lora_dir: str | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
-        """lora_dir: adapters below it may be loaded over HTTP."""
+        """lora_dir: adapters below it may be loaded over HTTP. tracing: where spans go, closed by others."""
         self.engine = engine
         self.prompts = prompts
         self.config = config
+        self.tracing = tracing
         self.names = config.served_model_name or (engine.info.model,)
         self.adapters = Adapters(engine, self.names, lora_dir)
         self.metrics = Metrics(engine, self.names[0])
@@ -138,31 +149,39 @@ class Service:
 
     async def respond(self, job: Job, request: Request) -> JsonResponse | EventStream:
         """Run a job. Errors before the first token are raised, so that they get a status of their own."""
-        deltas = self._run(job, request.state.log_fields)
+        deltas = self._run(job, request.state.log_fields, request.state.trace)
         if not job.is_stream:
             async with aclosing(deltas):
                 return JsonResponse(await or_disconnect(request.receive, _collect(job.answer, deltas)))
         first = await or_disconnect(request.receive, anext(deltas))
         return EventStream(_events(job.answer, first, deltas))
 
-    async def _run(self, job: Job, log_fields: dict[str, Any]) -> AsyncGenerator[Delta, None]:
-        """Deltas, counted. log_fields get what the access line says of them."""
-        usage = job.usage
+    async def _run(
+        self, job: Job, log_fields: dict[str, Any], trace: "Trace | None"
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas, counted. log_fields get what the access line says of them, the trace their spans."""
+        usage = job.head.usage
         log_fields["prompt_tokens"] = usage.prompt_tokens
+        # Before admission: who is turned away is demand too
+        self.metrics.recent.arrived(sum(len(choice.request.prompt_ids) for choice in job.choices))
         self.lifecycle.admit(len(job.choices))
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
         with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
-            async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
-                async for delta in deltas:
-                    started()
-                    cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
-                    usage.cached_tokens = sum(cached.values())
-                    usage.completion_tokens += delta.num_tokens
-                    if "ttft_ms" not in log_fields:
-                        arrival_s = job.choices[delta.index].request.arrival_s
-                        log_fields["ttft_ms"] = round((time.monotonic() - arrival_s) * 1e3)
-                    log_fields["completion_tokens"] = usage.completion_tokens
-                    yield delta
+            try:
+                async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
+                    async for delta in deltas:
+                        started()
+                        cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
+                        usage.cached_tokens = sum(cached.values())
+                        usage.completion_tokens += delta.num_tokens
+                        if "ttft_ms" not in log_fields:
+                            arrival_s = job.choices[delta.index].request.arrival_s
+                            log_fields["ttft_ms"] = round((time.monotonic() - arrival_s) * 1e3)
+                        log_fields["completion_tokens"] = usage.completion_tokens
+                        yield delta
+            finally:
+                if trace is not None:
+                    trace.add_generation(job.choices, job.head, sys.exception())
 
     async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
@@ -250,7 +269,7 @@ class Service:
         return Job(
             choices=choices,
             answer=answer,
-            usage=head.usage,
+            head=head,
             prompts_of=[index // num_draws for index in range(len(choices))],
             is_stream=body.stream,
         )

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
@@ -27,6 +27,10 @@ from cabochon.server.app import build_app
 from cabochon.server.config import ServerConfig
 from cabochon.server.prompts import make_prompts
 from cabochon.server.service import Service
+from cabochon.server.tracing import start_tracing
+
+if TYPE_CHECKING:
+    from cabochon.server.spans import Tracing
 
 TOKENIZER = tiny_tokenizer()
 CHAT = "/v1/chat/completions"
@@ -34,12 +38,18 @@ COMPLETIONS = "/v1/completions"
 
 
 def fake_service(
-    engine: FakeEngine | None = None, *, lora_dir: Path | None = None, **options: Any
+    engine: FakeEngine | None = None,
+    *,
+    lora_dir: Path | None = None,
+    tracing: "Tracing | None" = None,
+    **options: Any,
 ) -> Service:
     """lora_dir: as EngineConfig's. options: fields of ServerConfig."""
     config = ServerConfig(**options)
     prompts = make_prompts(tiny_tokenizer(), Path("/nonexistent"), config)
-    return Service(engine or FakeEngine(), prompts, config, lora_dir=lora_dir and str(lora_dir))
+    return Service(
+        engine or FakeEngine(), prompts, config, lora_dir=lora_dir and str(lora_dir), tracing=tracing
+    )
 
 
 def fake_app(engine: FakeEngine | None = None, **options: Any) -> FastAPI:
@@ -139,7 +149,8 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     serve.DEAD_ENGINE_EXIT_S = 0.5
     engine = FakeEngine(faults=FakeFaults(**options.get("faults", {})))
-    service = fake_service(engine, **options.get("server", {}))
+    server = options.get("server", {})
+    service = fake_service(engine, **server, tracing=start_tracing(server.get("otlp_endpoint")))
     sys.exit(asyncio.run(serve.serve_engine(service, serve.bind("127.0.0.1", 0))))
 
 

@@ -17,6 +17,7 @@ from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
+from cabochon.engine.kv_events import KVEvents
 from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.plan import Plan
@@ -93,9 +94,11 @@ class World:
         self.rows = Rows(
             max_seqs=max_seqs, max_model_len=max_model_len, num_groups=len(windows), page_tokens=page_tokens
         )
-        self.pool = PagePool(num_pages)
-        hasher = PageHasher(b"secret", digest_bytes) if caching else None
-        self.cache = KVCache(self.rows, self.pool, hasher, windows)
+        self.globals = [group for group, window in enumerate(windows) if window is None]
+        self.events = KVEvents(page_tokens, self.globals)
+        self.pool = PagePool(num_pages, self.events.lose)
+        self.hasher = PageHasher(b"secret", digest_bytes)
+        self.cache = KVCache(self.rows, self.pool, self.hasher if caching else None, windows, self.events)
         self.windows = windows
         self.step_tokens = step_tokens
         self.check_contents = digest_bytes == 16
@@ -128,7 +131,9 @@ class World:
         return self.adapters[name]
 
     def unload(self, name: str) -> None:
-        self.scheduler.slots.forget(self.adapters.pop(name))
+        adapter = self.adapters.pop(name)
+        self.scheduler.slots.forget(adapter)
+        self.events.retire(adapter)
 
     def step(self, in_flight: Callable[[], object] | None = None) -> Plan | None:
         """Schedule and launch, then run and enter the oldest step if there are enough.
@@ -160,6 +165,18 @@ class World:
                 self._note(output)
             return oldest.plan
         return plan
+
+    def names_of(self, tokens: Sequence[int], adapter: LoadedAdapter | None, salt: str | None) -> list[bytes]:
+        """By the hasher alone: the names of its full pages, in order."""
+        names = [self.hasher.root(None if adapter is None else adapter.key, salt)]
+        P = self.rows.page_tokens
+        for start in range(0, len(tokens) // P * P, P):
+            names.append(self.hasher.extend(names[-1], np.array(tokens[start : start + P], np.int32)))
+        return names[1:]
+
+    def is_found(self, name: bytes) -> bool:
+        """Whether a hit in the global groups can have that page; without such groups it is not asked."""
+        return bool(self.globals) and all(self.pool.lookup(group, name) is not None for group in self.globals)
 
     def run(self, max_steps: int = 2000) -> int:
         """Step until nothing is left. Returns the number of steps."""

@@ -5,6 +5,7 @@ The GPU's is in `triton_deltas`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,53 +68,49 @@ class TorchAdapterWeights(AdapterWeights):
         )
         self._layers = [
             {
-                name: wide
+                name: self._wide(layer, name, shape, [one for _, one in held])
                 for name, shape in self._shapes.items()
-                if (wide := self._wide(layer, name, shape, held))
+                if any(name in one.layers[layer] for _, one in held)
             }
             for layer in range(self._num_layers)
         ]
 
-    def _wide(
-        self, layer: int, name: LinearName, shape: LinearShape, held: Sequence[tuple[int, Adapter]]
-    ) -> "_Wide | None":
-        if not any(name in one.layers[layer] for _, one in held):
-            return None
+    def _wide(self, layer: int, name: LinearName, shape: LinearShape, held: Sequence[Adapter]) -> "_Wide":
         num_parts, width = len(PARTS[name]), len(self._slot_of_column)
         a = torch.zeros((num_parts, width, shape.k), dtype=self._dtype, device=self._device)
         b = torch.zeros((shape.n, width), dtype=self._dtype, device=self._device)
         start = 0
-        for _, one in held:
+        for one in held:
             columns = slice(start, start := start + one.rank)
             if name in one.layers[layer]:
                 delta = one.layers[layer][name]
                 a[:, columns] = delta.a.view(num_parts, one.rank, shape.k)
                 b[:, columns] = delta.b
         starts = (0, *shape.part_ends)
-        parts = [slice(starts[i], end) for i, end in enumerate(shape.part_ends)]
-        return _Wide(Linear(a.flatten(0, 1)), [(part, Linear(b[part].contiguous())) for part in parts])
+        parts = [slice(start, end) for start, end in zip(starts, shape.part_ends, strict=False)]
+        return _Wide(Linear(a.flatten(0, 1)), [(part, Linear(b[part])) for part in parts])
 
     def step(
         self, slots: NDArray[np.int32], lens: NDArray[np.int32], num_rows: int, move: Move | None = None
     ) -> StepDeltas | None:
         if (slots == NO_ADAPTER).all():
             return None
-        slot_of_token = np.full(num_rows, NO_ADAPTER, np.int32)
-        slot_of_token[: lens.sum()] = np.repeat(slots, lens)
-        is_foreign = slot_of_token[:, None] != self._slot_of_column  # [T', ranks of all]
+        slot_of_row = np.full(num_rows, NO_ADAPTER, np.int32)
+        slot_of_row[: lens.sum()] = np.repeat(slots, lens)
+        is_foreign = slot_of_row[:, None] != self._slot_of_column  # [T', R]
         return _TorchDeltas(self._layers, (move or self._move)(is_foreign))
 
 
-class _Wide:
-    """A linear layer's products for all adapters. shrink: to [T', P · R], R the sum of their ranks."""
+class _Wide(NamedTuple):
+    """A linear layer's products for all adapters, R the sum of their ranks."""
 
-    def __init__(self, shrink: Linear, expand: Sequence[tuple[slice, Linear]]) -> None:
-        self.shrink = shrink
-        self.expand = expand  # of each part, with its columns of the output
+    shrink: Linear  # to [T', P · R]
+    expand: list[tuple[slice, Linear]]  # of each part, with its columns of the output
 
 
 class _TorchDeltas(StepDeltas):
     def __init__(self, layers: Sequence[dict[LinearName, _Wide]], is_foreign: Tensor) -> None:
+        """is_foreign: [T', R], whether a column is of another adapter than the row."""
         self._layers = layers
         self._is_foreign = is_foreign
 
@@ -121,8 +118,8 @@ class _TorchDeltas(StepDeltas):
         wide = self._layers[layer].get(name)
         if wide is None:
             return
-        num_parts = len(wide.expand)
-        inner = wide.shrink(x).view(len(x), num_parts, -1)  # [T', P, R]
+        inner = wide.shrink(x).view(len(x), len(wide.expand), -1)  # [T', P, R]
+        # Not a product with 0: what another adapter makes of the row may be infinite
         inner.masked_fill_(self._is_foreign[:, None], 0)
         for part, (columns, expand) in enumerate(wide.expand):
             out[:, columns] += expand(inner[:, part])

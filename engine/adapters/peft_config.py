@@ -6,6 +6,7 @@ trained, or not at all.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from cabochon.engine.errors import BadAdapter
 FILE = "adapter_config.json"
 MAX_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 512
+MAX_PATTERNS = 1024  # 27B has 322 modules
+# Names, alternatives, classes and single characters repeated. What else regular expressions know, such as
+# groups repeated and recursion, lets a line of text take all memory
+PATTERN = re.compile(
+    r"(?:(?:[\w.:,-]|\\[.dwsDWS-]|\[\^?[\w.-]+\])[*+?]?|[|^$]|\((?:\?:|(?!\?))|\)(?![*+?{]))*+"
+)
 MATCHING_S = 1.0  # for all patterns on all modules: a regular expression may take for ever
 SHOWN_CHARS = 100  # of a value from the file, in a message
 MAX_PATH_CHARS = 1024  # of the base model's
@@ -59,23 +66,24 @@ class PeftConfig:
             compiled = [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
         except (regex.error, OverflowError, RecursionError) as error:
             raise refused(
-                f"keys of rank_pattern and alpha_pattern in {FILE} must be regular expressions, one is not"
-                " a valid one: correct it"
+                f"keys of rank_pattern and alpha_pattern in {FILE} must be names of modules or plain regular"
+                " expressions, one is no valid one: correct it"
             ) from error
-        ends_s = time.monotonic() + MATCHING_S
+        ends_s = time.thread_time() + MATCHING_S  # not by the clock: others may have the cores
 
         def value_of(module: str) -> float:
             for expression, value in compiled:
+                left_s = ends_s - time.thread_time()
                 try:
-                    if expression.match(
-                        module, concurrent=True, timeout=max(1e-3, ends_s - time.monotonic())
-                    ):
+                    if left_s <= 0:
+                        raise TimeoutError
+                    if expression.match(module, concurrent=True, timeout=left_s + MATCHING_S):
                         return value
-                except TimeoutError as error:
+                except TimeoutError:
                     raise refused(
-                        f"rank_pattern and alpha_pattern in {FILE} must match within {MATCHING_S:g} s, they"
-                        " took longer: use names of modules"
-                    ) from error
+                        f"rank_pattern and alpha_pattern in {FILE} must be matched within {MATCHING_S:g} s,"
+                        " they take longer: use names of modules"
+                    ) from None
             return default
 
         return value_of
@@ -171,9 +179,14 @@ def _number(raw: dict[str, Any], name: str, *, is_rank: bool = False, of: str = 
 
 def _pattern(raw: dict[str, Any], name: str, *, is_rank: bool = False) -> Pattern:
     pattern = raw.get(name) or {}
-    if not isinstance(pattern, dict) or any(len(key) > MAX_PATTERN_CHARS for key in pattern):
+    is_map = isinstance(pattern, dict) and len(pattern) <= MAX_PATTERNS
+    if not is_map or not all(_is_plain(key) for key in pattern):
         raise refused(
-            f"{name} in {FILE} must map names of modules, of at most {MAX_PATTERN_CHARS} characters, to"
-            " numbers, it does not: correct it"
+            f"{name} in {FILE} must map at most {MAX_PATTERNS} names of modules, or plain regular expressions"
+            f" of at most {MAX_PATTERN_CHARS} characters, to numbers, it does not: use names of modules"
         )
     return {key: _number(pattern, key, is_rank=is_rank, of=f"each value of {name}") for key in pattern}
+
+
+def _is_plain(pattern: str) -> bool:
+    return len(pattern) <= MAX_PATTERN_CHARS and PATTERN.fullmatch(pattern) is not None

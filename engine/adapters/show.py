@@ -19,7 +19,7 @@ from cabochon.engine.config import EngineConfig, split_module
 from cabochon.engine.errors import BadAdapter, ConfigError, EngineError
 from cabochon.engine.load import DTYPES
 from cabochon.engine.models.hf_config import load_model_config
-from cabochon.engine.models.source import locate
+from cabochon.engine.models.source import DEMO, locate
 from cabochon.engine.settle import settle_device, settle_dtype
 
 MB = 1e6
@@ -57,13 +57,7 @@ def show(config: EngineConfig, paths: Sequence[str]) -> bool:
     Raises ConfigError or ModelError.
     """
     adapters = find_adapters(config, paths)
-    has_config = (Path(config.model) / "config.json").is_file()  # weights are not looked at
-    model_dir = (
-        Path(config.model)
-        if has_config
-        else locate(config.model, revision=config.revision, cache_dir=config.cache_dir)
-    )
-    model = load_model_config(model_dir)
+    model = load_model_config(_model_dir(config))
     dtype_name = settle_dtype(config, settle_device(config))
     dtype = DTYPES[dtype_name]
     a_slot = slot_bytes(model, config.max_lora_rank, dtype.itemsize)
@@ -85,6 +79,14 @@ def show(config: EngineConfig, paths: Sequence[str]) -> bool:
         print("\n".join((f"\n{name}: OK", *_lines(adapter, about, config.model))), flush=True)
     print(f"\n{num_fine} of {len(adapters)} can be served, {num_bytes / MB:.1f} MB in host memory")
     return num_fine == len(adapters)
+
+
+def _model_dir(config: EngineConfig) -> Path:
+    """Raises ModelError. A directory may lack the weights: nobody looks at them."""
+    directory = Path(config.model)
+    if config.model != DEMO and (directory / "config.json").is_file():
+        return directory
+    return locate(config.model, revision=config.revision, cache_dir=config.cache_dir)
 
 
 def _lines(adapter: Adapter, about: PeftConfig, model: str) -> Iterator[str]:

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 
-from cabochon.engine.config import EngineConfig
+from cabochon.engine import config as config_module
+from cabochon.engine.config import EngineConfig, default_topic
 from cabochon.engine.errors import ConfigError
 
 DTYPE = "dtype must be auto, bf16 or fp32, got {}: Gemma overflows in fp16, use bf16"
@@ -88,6 +90,44 @@ def test_a_value_out_of_range_is_refused(option: str, value: object, message: st
 )
 def test_the_borders_are_accepted(option: str, value: object) -> None:
     assert getattr(EngineConfig(**{option: value}), option) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kv_events_endpoint": "*:5557"},
+            "kv_events_endpoint must start with tcp:// or ipc://, got *:5557: tcp://*:5557 is usual",
+        ),
+        *(
+            (
+                {"kv_events_endpoint": "tcp://*:5557", "kv_events_topic": topic},
+                f"kv_events_topic must be kv@POD@MODEL, got {topic}: routers split it at the @",
+            )
+            for topic in ("", "kv", "kv@pod", "kv@@model", "kv@pod@", "kv@pod@model@1", "pod@model@1")
+        ),
+        (
+            {"kv_events_endpoint": "tcp://*:5557", "prefix_caching": False},
+            "kv_events_endpoint must be left out without prefix_caching, which finds no page again, got"
+            " tcp://*:5557: leave it out, or turn prefix_caching on",
+        ),
+    ],
+)
+def test_events_that_nobody_could_use_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        EngineConfig(**options)
+
+
+def test_the_topic_is_the_host_and_the_model_unless_it_cannot_be_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config_module.socket, "gethostname", lambda: "pod-1")
+    assert default_topic("google/gemma-2-2b-it") == "kv@pod-1@google/gemma-2-2b-it"
+    message = (
+        "kv_events_topic must be kv@POD@MODEL, got kv@pod-1@a@b from the host's and the model's name: set it"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        default_topic("a@b")
 
 
 def test_more_running_requests_need_a_larger_step() -> None:

@@ -8,7 +8,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from kv_event_replay import Replay, Told
 from paged_world import World, expected_output, request
+
+from cabochon.engine.adapters.slots import LoadedAdapter
+from cabochon.engine.kv_events import public_hash
 
 SHARED = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16]  # prompts overlap, so that prefixes are shared
 MAX_MODEL_LEN = 32
@@ -55,6 +59,8 @@ class Machine(RuleBasedStateMachine):
         )
         self.requests: dict[str, tuple[list[int], int, bool]] = {}
         self.aborted: set[str] = set()
+        self.replay = Replay()
+        self.public: dict[bytes, tuple[tuple[int, ...], LoadedAdapter | None]] = {}  # names of unsalted pages
 
     def open_requests(self) -> list[str]:
         return [n for n in self.requests if n not in self.world.reasons and n not in self.aborted]
@@ -75,12 +81,27 @@ class Machine(RuleBasedStateMachine):
         for _ in range(min(copies, MAX_OPEN - len(self.open_requests()))):
             name = f"{len(self.requests)}"
             self.requests[name] = (prompt, max_tokens, ignore_eos)
+            if salt is None:
+                self.expect_pages([*prompt, *expected_output(prompt, max_tokens, ignore_eos=True)], adapter)
             self.world.add(
                 request(
                     name, prompt, max_tokens, priority=priority, cache_salt=salt, is_private=is_private,
                     ignore_eos=ignore_eos, adapter=adapter,
                 )
             )  # fmt: skip
+
+    def expect_pages(self, tokens: list[int], adapter_name: str | None) -> None:
+        adapter, P = self.world.adapter(adapter_name), self.world.rows.page_tokens
+        for idx, name in enumerate(self.world.names_of(tokens, adapter, salt=None)):
+            self.public[name] = (tuple(tokens[: (idx + 1) * P]), adapter)
+
+    @rule()
+    def a_reader_comes(self) -> None:
+        self.world.events.restart()
+
+    @rule(max_pages=st.integers(0, 3))
+    def tell_some(self, max_pages) -> None:
+        self.replay.follow(self.world.events.take(max_pages))
 
     @rule(data=st.data(), is_in_flight=st.booleans())
     def abort(self, data, is_in_flight) -> None:
@@ -131,10 +152,31 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "world"):
             self.world.scheduler.check()
 
+    @rule()
+    def readers_know_what_is_found(self) -> None:
+        """Exactly the unsalted pages that global groups find, with their tokens, whoever they came from."""
+        while self.world.events.has_more:
+            self.replay.follow(self.world.events.take(4))
+        found = {
+            public_hash(name): Told(prefix, None if adapter is None else adapter.name)
+            for name, (prefix, adapter) in self.public.items()
+            if self.world.is_found(name) and not (adapter is not None and adapter.is_unloaded)
+        }
+        if self.digest_bytes == 16:
+            told = self.replay.pages
+            assert set(told) == set(found)
+            assert all(told[one] in (found[one], found[one]._replace(prefix=None)) for one in told)
+            self.seen["pages told"] += sum(one.prefix is not None for one in told.values())
+            self.seen["pages of adapters told"] += sum(one.lora_name is not None for one in told.values())
+        else:
+            assert set(self.replay.pages) <= {public_hash(name) for _, name in self.world.pool._page_of}
+
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
+        self.readers_know_what_is_found()
         self.seen["steps"] += self.world.run()
+        self.readers_know_what_is_found()
         stats = self.world.scheduler.stats()
         assert stats.pages_used == stats.running == stats.waiting == stats.queued_tokens == 0, (
             "something leaked"
@@ -184,6 +226,8 @@ def test_ten_thousand_steps_of_random_walks(machine: type[Machine]) -> None:
     seen = walk(machine, examples=800, length=60)
     assert seen["steps"] > 10_000
     assert min(seen["preemptions"], seen["hits"], seen["aborts in flight"]) > 100, seen
+    if machine is Machine:
+        assert min(seen["pages told"], seen["pages of adapters told"]) > 100, seen
 
 
 @pytest.mark.parametrize("windows", LAYOUTS)

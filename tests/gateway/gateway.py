@@ -1,6 +1,7 @@
 """A gateway on this machine: real Envoy and the picker, in front of the servers that a test lists."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fake_server import wait_until
 from tools import need_gateway_tools
 
 HERE = Path(__file__).parent
+SERVER = HERE.parents[1] / "server"
 SERVED = "x-gateway-destination-endpoint-served"
 DROPPED = "x-llm-d-request-dropped-reason"
 START_S = 30
@@ -61,6 +63,8 @@ class Gateway:
     def __enter__(self) -> "Gateway":
         with ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (self._folder / "cabochon").mkdir()  # as much of it as the picker's environment needs
+            (self._folder / "cabochon" / "server").symlink_to(SERVER)
             self.set_pool(*self._urls)
             picker = [self._tools / "python", HERE / "picker.py", f"--pool-file={self._folder / 'pool.json'}"]
             self._start(stack, "picker", [*picker, *self._flags])
@@ -101,8 +105,9 @@ class Gateway:
         return self._output("picker.err") + self._output("envoy.err")
 
     def _start(self, stack: ExitStack, name: str, command: Iterable[object]) -> None:
+        env = os.environ | {"PYTHONPATH": str(self._folder)}
         with open(self._folder / f"{name}.out", "wb") as out, open(self._folder / f"{name}.err", "wb") as err:
-            process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=err)
+            process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=err, env=env)
         stack.callback(process.wait, 10)
         stack.callback(process.kill)
 

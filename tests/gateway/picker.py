@@ -20,9 +20,10 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
 from envoy.type.v3 import http_status_pb2
-from openai_request import BadBody, read_request, read_usage
 from pool import Pool, http_client
-from scheduling import Scheduler, Weights, saturation
+
+from cabochon.server.gateway.openai_request import BadBody, read_request, read_usage
+from cabochon.server.gateway.scheduling import Scheduler, Weights, saturation
 
 DESTINATION = "x-gateway-destination-endpoint"
 SERVED = "x-gateway-destination-endpoint-served"

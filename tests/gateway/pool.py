@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from endpoint_metrics import EndpointMetrics, extract
-from exposition import FormatError, parse
+
+from cabochon.server.gateway.endpoint_metrics import EndpointMetrics, extract
+from cabochon.server.gateway.exposition import FormatError, parse
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from picker_metrics import FULL
 from pool import Endpoint, Pool, http_client
-from test_endpoint_metrics import FULL
 
 ADDRESS = "127.0.0.1:8000"
 Answer = Callable[[httpx.Request], httpx.Response]

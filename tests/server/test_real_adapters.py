@@ -1,6 +1,7 @@
 """Adapters loaded, used, refused and unloaded over HTTP while a real server generates."""
 
 import itertools
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,43 +111,49 @@ def test_changes_under_load_lose_no_request(server: RealServer) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_loads_under_32_streams_lose_no_request_and_leak_no_memory(server: RealServer) -> None:
+def test_two_hundred_loads_under_32_streams_lose_no_request_and_leak_no_memory(
+    long_gemma2_dir: Path, home: Path
+) -> None:
+    """The pool is small, so that its pages have all been written, and count, when counting begins."""
     models = ("tiny", "first", "second")
-    assert change(server, LOAD, "second", lora_path="second").status_code == 200
-    expected = {model: streamed(server, model) for model in models}
+    modules = f"first={home}/first,second={home}/second"
+    options = {"dtype": "fp32", "kv_cache_gib": 0.004, "max_model_len": 256, "served_model_name": "tiny"}
+    resident = []
     is_over = threading.Event()
+    with RealServer(long_gemma2_dir, lora_modules=modules, lora_dir=str(home), **options) as server:
+        expected = {model: streamed(server, model) for model in models}
 
-    def stream(index: int) -> int:
-        model = models[index % len(models)]
-        for count in itertools.count():
-            if is_over.is_set():
-                return count
-            assert streamed(server, model) == expected[model]
-        raise AssertionError
+        def stream(index: int) -> int:
+            model = models[index % len(models)]
+            for count in itertools.count():
+                if is_over.is_set():
+                    return count
+                assert streamed(server, model) == expected[model]
+            raise AssertionError
 
-    with ThreadPoolExecutor(32) as pool:
-        streams = [pool.submit(stream, index) for index in range(32)]
-        try:
-            resident = []
-            for _ in range(200):
-                assert change(server, LOAD, "large", lora_path="large").status_code == 200
-                text(server, "large")
-                assert change(server, UNLOAD, "large").status_code == 200
-                resident.append((server.engine.memory_info().rss, server.process.memory_info().rss))
-        finally:
-            is_over.set()
-        counts = [one.result() for one in streams]
-    assert min(counts) > 3
-    # What one load costs, 200 times over, would be 200 MB and more
-    for before, after in zip(resident[40], resident[-1], strict=True):
-        assert after - before < 16 * 2**20, resident[::20]
-    assert change(server, UNLOAD, "second").status_code == 200
+        with ThreadPoolExecutor(32) as pool:
+            streams = [pool.submit(stream, index) for index in range(32)]
+            try:
+                for _ in range(200):
+                    assert change(server, LOAD, "large", lora_path="large").status_code == 200
+                    text(server, "large")
+                    assert change(server, UNLOAD, "large").status_code == 200
+                    resident.append((server.engine.memory_info().rss, server.process.memory_info().rss))
+            finally:
+                is_over.set()
+            assert min(one.result() for one in streams) > 3
+    # malloc needs some time to reach its plateau; a megabyte that is not given back would be 100 of them
+    for before, after in zip(resident[100], resident[-1], strict=True):
+        assert after - before < 24 * 2**20, resident[::20]
 
 
-def streamed(server: RealServer, model: str) -> str:
-    with server.client() as client:
-        stream = client.completions.create(
-            model=model, prompt=[5, 6, 7], max_tokens=12, temperature=0, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        return "".join(chunk.choices[0].text for chunk in stream)
+def streamed(server: RealServer, model: str) -> bytes:
+    """All events of a stream, without what differs from one to the next."""
+    body = {
+        "model": model, "prompt": [5, 6, 7], "max_tokens": 12, "temperature": 0, "ignore_eos": True,
+        "stream": True, "request_id": "same",
+    }  # fmt: skip
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.endswith("data: [DONE]\n\n")
+    return re.sub(rb'"created":\d+', b"", answer.content)

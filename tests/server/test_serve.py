@@ -4,71 +4,22 @@ import asyncio
 import dataclasses
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
+from fake_process import ServerProcess
 from fake_server import wait_until
 
+from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.fake import FAKE_INFO, FakeEngine
-from cabochon.server.serve import _print_banner, bind
-
-TESTS = Path(__file__).parents[1]
-
-
-class ServerProcess:
-    """fake_server.py as a child; ended with the context."""
-
-    def __init__(self, **options: Any) -> None:
-        command = [sys.executable, str(TESTS / "fake_server.py"), msgspec.json.encode(options).decode()]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    def __enter__(self) -> "ServerProcess":
-        assert self.process.stdout is not None
-        self.banner = ""
-        for line in self.process.stdout:
-            self.banner += line
-            if "curl" in line:
-                break
-        self.url = next(word for word in self.banner.split() if word.startswith("http"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def stream(self, **fields: Any) -> "Streaming":
-        return Streaming(self.url, {"prompt": [300], "stream": True, **fields})
-
-
-class Streaming(threading.Thread):
-    """Reads one stream to its end, in a thread."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        super().__init__()
-        self._request = (url + "/completions", body)
-        self.lines: list[str] = []
-        self.is_cut = False
-        self.start()
-        wait_until(lambda: self.lines)
-
-    def run(self) -> None:
-        url, body = self._request
-        try:
-            with httpx.stream("POST", url, json=body, timeout=30) as answer:
-                for line in answer.iter_lines():
-                    self.lines += [line] if line else []
-        except httpx.RemoteProtocolError:
-            self.is_cut = True
+from cabochon.server.config import ServerConfig
+from cabochon.server.serve import _print_banner, bind, with_topic
+from cabochon.server.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +193,20 @@ def test_an_address_of_ipv6_is_bound() -> None:
             assert sock.family is socket.AF_INET6
     except ConfigError:
         pytest.skip("no IPv6 loopback here")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "topic"),
+    [
+        ((), {}, f"kv@{socket.gethostname()}@demo"),
+        (("gemma", "alias"), {}, f"kv@{socket.gethostname()}@gemma"),
+        ((), {"merge_lora": "tickets=/adapter"}, f"kv@{socket.gethostname()}@tickets"),
+        (("gemma",), {"kv_events_topic": "kv@pod@m"}, "kv@pod@m"),
+        (("gemma",), {"kv_events_endpoint": None}, None),
+    ],
+)
+def test_events_name_the_model_as_clients_do(
+    names: tuple[str, ...], options: dict[str, Any], topic: str | None
+) -> None:
+    engine = EngineConfig(**{"kv_events_endpoint": "tcp://*:5557"} | options)
+    assert with_topic(Settings(ServerConfig(served_model_name=names), engine)).kv_events_topic == topic

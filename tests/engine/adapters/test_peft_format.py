@@ -73,6 +73,7 @@ def deltas(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
         {"init_lora_weights": "gaussian"},
         {"rank_pattern": {"q_proj": 4, r"layers.[02].mlp.*": 32}, "alpha_pattern": {"up_proj": 3}},
         {"rank_pattern": {"^model.layers.1.self_attn.v_proj": 2}, "use_rslora": True},
+        {"alpha_pattern": {r"^model\.layers\.\d+\..*(q|k)_proj": 3, "mlp.(?:up|down)_[^x]+": 5}},
         {"alpha_pattern": {"layers.1.self_attn.v_proj": 1, "v_proj": 2, r".*": 7}},
     ],
     ids=str,

@@ -16,7 +16,7 @@ from random_gemma import model_config, random_gemma2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cabochon.engine.adapters import peft_format
+from cabochon.engine.adapters import peft_config, peft_format
 from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.adapters.peft_format import read_adapter
 from cabochon.engine.adapters.tensor_file import MAX_HEADER_BYTES
@@ -92,6 +92,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank true": ({"r": True}, "at least 1, got True"),
     "no rank": ({"r": None}, "at least 1, got None"),
     "alpha": ({"lora_alpha": "16"}, "lora_alpha in adapter_config.json must be a finite number, got 16"),
+    "alpha true": ({"lora_alpha": True}, "must be a finite number, got True"),
     "alpha nan": ({"lora_alpha": math.nan}, "must be a finite number, got nan"),
     "alpha inf": ({"lora_alpha": -math.inf}, "must be a finite number, got -inf"),
     "alpha huge": ({"lora_alpha": 10**400}, "must be a finite number, got 1000"),
@@ -106,19 +107,32 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pattern no map": (
         {"rank_pattern": ["q_proj"]},
-        "rank_pattern in adapter_config.json must map names of modules",
+        "rank_pattern in adapter_config.json must map at most 1024 names of modules, or plain regular"
+        " expressions"
+        " of at most 512 characters, to numbers, it does not: use names of modules",
+    ),
+    "patterns many": (
+        {"rank_pattern": {f"layers.{i}.x": 1 for i in range(1025)}},
+        "must map at most 1024 names",
+    ),
+    "pattern recurses": (
+        {"alpha_pattern": {"(?R)": 4}},
+        "alpha_pattern in adapter_config.json must map at most",
+    ),
+    "pattern repeats": (
+        {"alpha_pattern": {"(a{999}){999}": 4}},
+        "alpha_pattern in adapter_config.json must map",
     ),
     "pattern value": (
         {"rank_pattern": {"q_proj": "4"}},
         "each value of rank_pattern in adapter_config.json must be a"
         " whole number of at least 1, got 4: save it again",
     ),
-    "pattern long": ({"alpha_pattern": {"x" * 513: 4}}, "of at most 512 characters, to numbers, it does not"),
+    "pattern long": ({"alpha_pattern": {"x" * 513: 4}}, "plain regular expressions of at most 512"),
     "pattern bad": (
         {"alpha_pattern": {"(": 4}},
-        "must be regular expressions, one is not a valid one: correct it",
+        "must be names of modules or plain regular expressions, one is no valid one: correct it",
     ),
-    "pattern slow": ({"alpha_pattern": {"(.|.|.)*[x-z]": 4}}, "must match within 1 s, they took longer"),
 }
 
 
@@ -126,6 +140,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_configuration_that_we_do_not_follow_is_refused(tmp_path: Path, name: str) -> None:
     change, message = CONFIGS[name]
     expect(make_adapter(tmp_path, MODEL, 4, **change), message)
+
+
+def test_patterns_that_take_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_config, "MATCHING_S", 0.02)
+    make_adapter(tmp_path, MODEL, 4, alpha_pattern={"(.*|.*|.*)" * 40 + "q": 4})
+    expect(tmp_path, "must be matched within 0.02 s, they take longer: use names of modules")
 
 
 def tensor(*shape: int, dtype: torch.dtype = FP32) -> Tensor:

@@ -1,8 +1,9 @@
 """Scores worked out by hand, and the picks that follow from them."""
 
 import pytest
-from endpoint_metrics import EndpointMetrics
-from scheduling import (
+
+from cabochon.server.gateway.endpoint_metrics import EndpointMetrics
+from cabochon.server.gateway.scheduling import (
     Pool,
     Request,
     Scheduler,

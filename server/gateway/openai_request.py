@@ -6,7 +6,7 @@ Source: llm-d-router, pkg/epp/framework/plugins/requesthandling/parsers/openai a
 import json
 from typing import Any
 
-from scheduling import Request
+from cabochon.server.gateway.scheduling import Request
 
 CHAT, COMPLETIONS, RESPONSES = "/chat/completions", "/completions", "/responses"
 RENDER = "/render"
@@ -54,8 +54,9 @@ def _prompts(path: str, fields: dict[str, Any]) -> tuple[bytes, ...]:
         return (b"".join(_message(message) for message in messages if isinstance(message, dict)),)
     if path.endswith(COMPLETIONS):
         prompt = fields.get("prompt")
-        many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-        return tuple(_text(one) for one in (prompt if many else [prompt]))
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            return tuple(_text(one) for one in prompt)
+        return (_text(prompt),)
     if path.endswith(RESPONSES):
         kept = [{name: fields[name]} for name in ("instructions", "tools", "input") if name in fields]
         return (json.dumps(kept).encode(),)

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from openai_request import BadBody, read_request, read_usage
-from scheduling import Request
+
+from cabochon.server.gateway.openai_request import BadBody, read_request, read_usage
+from cabochon.server.gateway.scheduling import Request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}

@@ -61,7 +61,8 @@ def parse(text: str) -> dict[str, Family]:
             family = families.setdefault(_family_name(name, families), Family())
             family.samples.append(Sample(_number(value, number), int(timestamp or 0), labels or ""))
         elif found := _ABOUT.fullmatch(line):
-            _describe(families, *found.groups(), number)
+            keyword, name, rest = found.groups()
+            _describe(families, keyword, name, rest, number)
         elif line.strip() and not line.lstrip(" \t").startswith("#"):
             raise FormatError(
                 f"a line must be a sample or a comment, line {number} is neither: see format 0.0.4"

@@ -3,8 +3,9 @@
 import math
 
 import pytest
-from exposition import FormatError, parse
 from fake_server import fake_service
+
+from cabochon.server.gateway.exposition import FormatError, parse
 
 GOOD = "# TYPE good gauge\ngood 1\n"
 NEITHER = "a line must be a sample or a comment, line 3 is neither"

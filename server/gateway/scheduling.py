@@ -8,8 +8,8 @@ default profile, which has no LoRA affinity.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from endpoint_metrics import EndpointMetrics
-from prefix_index import PrefixIndex, chunk_hashes, chunk_tokens
+from cabochon.server.gateway.endpoint_metrics import EndpointMetrics
+from cabochon.server.gateway.prefix_index import PrefixIndex, chunk_hashes, chunk_tokens
 
 STALE_S = 0.2
 QUEUE_LIMIT = 5  # waiting requests

@@ -1,6 +1,6 @@
 """Chunks of prompts and the index of who has them."""
 
-from prefix_index import PrefixIndex, chunk_hashes, chunk_tokens
+from cabochon.server.gateway.prefix_index import PrefixIndex, chunk_hashes, chunk_tokens
 
 
 def test_small_pages_are_raised_to_64_tokens_and_larger_ones_kept() -> None:

@@ -5,8 +5,9 @@ Source: llm-d-router, pkg/epp/framework/plugins/datalayer/extractor/metrics (ext
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from exposition import Family, Sample
+from cabochon.server.gateway.exposition import Family, Sample
 
 WAITING = "vllm:num_requests_waiting"
 RUNNING = "vllm:num_requests_running"
@@ -34,7 +35,7 @@ def extract(
     families: Mapping[str, Family], before: EndpointMetrics, now_s: float
 ) -> tuple[EndpointMetrics, list[str]]:
     """Values after a scrape, and what was missing or no number. One good family makes all of them fresh."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     errors: list[str] = []
     for field, name in (("waiting", WAITING), ("running", RUNNING), ("kv_usage", KV_USAGE)):
         if sample := _latest(families, name, errors):
