@@ -74,7 +74,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._compiling) or self.adapters.is_busy
+        has_work = self.scheduler.has_work or bool(self._compiling)
+        return has_work or self.adapters.is_busy or self.scheduler.slots.has_changes
 
     def add(self, request: GenerateRequest) -> None:
         """Accept a request. Raises RequestError, and then nothing has changed.

@@ -63,19 +63,20 @@ class LLM:
         if the model gives NaN.
         """
         each = self._params(params, len(prompts))
-        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise ValueError(f"adapter must be one for all or one per prompt ({len(prompts)}): correct it")
         open_ones: dict[str, tuple[Completion, Detokenizer]] = {}
-        for prompt, one, name in zip(prompts, each, adapters, strict=True):
-            ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
-            request_id = str(next(self._ids))
-            try:
-                self.core.add(
-                    GenerateRequest(request_id=request_id, prompt_ids=ids, params=one, adapter=name)
-                )
-            except Exception:
-                self._abort(open_ones)
-                raise
-            open_ones[request_id] = Completion(ids), Detokenizer(self._token_bytes, stop=stop)
+        try:
+            for prompt, one, name in zip(prompts, each, adapters, strict=True):
+                ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
+                request_id = str(next(self._ids))
+                request = GenerateRequest(request_id=request_id, prompt_ids=ids, params=one, adapter=name)
+                self.core.add(request)
+                open_ones[request_id] = Completion(ids), Detokenizer(self._token_bytes, stop=stop)
+        except BaseException:
+            self._abort(open_ones)
+            raise
         completions = [completion for completion, _ in open_ones.values()]
         self._run(open_ones)
         return completions
@@ -87,6 +88,8 @@ class LLM:
     def unload_adapter(self, name: str) -> None:
         """Raises UnknownAdapter."""
         self.core.drop_adapter(name)
+        while self.core.has_work:  # nothing runs between two calls of `generate`
+            self.core.step()
 
     def _run(self, open_ones: dict[str, tuple[Completion, Detokenizer]]) -> None:
         try:

@@ -100,13 +100,8 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages. Unknown ids are ignored: it may have ended."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return
-        if request.row is None:
-            self._waiting.remove(request)
-        else:
-            self._leave(request)
+        if request_id in self._requests:
+            self._end(self._requests[request_id])
 
     def complete(self, request_id: str) -> RequestOutput:
         """End a request whose grammar allows nothing more."""
@@ -116,9 +111,8 @@ class Scheduler:
 
     def publish(self, request_id: str) -> None:
         """Let others share the pages of a private request. Unknown ids are ignored: it may have ended."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._cache.publish(request)
+        if request_id in self._requests:
+            self._cache.publish(self._requests[request_id])
 
     def defer(self, row: int) -> None:
         """Its mask is late: the step's result does not count for it, and it waits until the mask is there."""
@@ -188,10 +182,9 @@ class Scheduler:
         rows.num_pending[sampled] -= 1
         if was_ahead:  # pages whose last token was not known by then
             self._commit(plan, plan.starts + plan.lens)
-        by_row = self._by_row
         outputs = []
         for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
-            request = by_row[row]
+            request = self._by_row[row]
             request.num_output += 1
             if request.num_output == 1:
                 request.first_token_s = now
@@ -357,6 +350,14 @@ class Scheduler:
         self._counts["preemptions"] += 1
         self._can_admit = False
 
+    def _end(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if request.row is None:
+            self._waiting.remove(request)
+        else:
+            self._leave(request)
+        request.adapter = None  # runners keep the last request of a row; its adapter may be unloaded
+
     def _leave(self, request: Request) -> None:
         """Take its row and pages away. Whoever gets them next is computed after the steps on their way."""
         assert request.row is not None
@@ -391,8 +392,7 @@ class Scheduler:
         """What a stop token or the end of its tokens gives."""
         reason = request.ends_with(token_id)
         if reason is not None:
-            del self._requests[request.request_id]
-            self._leave(request)
+            self._end(request)
         return request.output([token_id], reason, token_id if reason == "stop" else None)
 
 

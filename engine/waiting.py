@@ -21,7 +21,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self.num_tokens = 0  # known tokens of all of them
-        self.adapters: Counter[LoadedAdapter] = Counter()  # requests of each, if there are any
+        self.adapters: dict[LoadedAdapter, Counter[int]] = {}  # requests of each by priority; no 0
         self._by_arrival: Order = {}
         self._by_length: Order = {}
 
@@ -52,7 +52,7 @@ class WaitingQueue:
         insort(self._by_length.setdefault(priority, []), request, key=_length)
         self.num_tokens += len(request.token_ids)
         if request.adapter is not None:
-            self.adapters[request.adapter] += 1
+            self.adapters.setdefault(request.adapter, Counter())[priority] += 1
 
     def remove(self, request: Request) -> None:
         """It must be there."""
@@ -60,8 +60,11 @@ class WaitingQueue:
         _remove(self._by_length, request, _length)
         self.num_tokens -= len(request.token_ids)
         if request.adapter is not None:
-            self.adapters[request.adapter] -= 1
-            if not self.adapters[request.adapter]:
+            left = self.adapters[request.adapter]
+            left[request.message.priority] -= 1
+            if not left[request.message.priority]:
+                del left[request.message.priority]
+            if not left:
                 del self.adapters[request.adapter]
 
     def check(self) -> None:
@@ -72,7 +75,8 @@ class WaitingQueue:
             assert requests == sorted(self._by_length[priority], key=_arrival)
             assert self._by_length[priority] == sorted(requests, key=_length)
         assert self.num_tokens == sum(len(request.token_ids) for request in self)
-        assert self.adapters == Counter(request.adapter for request in self if request.adapter is not None)
+        pairs = Counter((request.adapter, request.message.priority) for request in self if request.adapter)
+        assert pairs == Counter({(a, p): n for a, of_a in self.adapters.items() for p, n in of_a.items()})
 
 
 def _arrival(request: Request) -> int:

@@ -101,7 +101,13 @@ def _checked(values: dict[str, Any]) -> Settings:
 
 
 def _check_adapter_names(settings: Settings) -> None:
-    base_names = settings.server.served_model_name or (settings.engine.model,)
+    engine, base_names = settings.engine, settings.server.served_model_name
+    if engine.merge_lora is not None and not base_names:
+        name, _ = split_module("merge_lora", engine.merge_lora)
+        base_names = (name,)
+        if wrong := problem_of_name(name, ()):
+            raise ConfigError(f"the name of merge_lora {wrong}, got {name}: choose another")
+    base_names = base_names or (engine.model,)
     for module in settings.engine.lora_modules:
         name, _ = split_module("lora_modules", module)
         if wrong := problem_of_name(name, base_names):

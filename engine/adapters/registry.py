@@ -4,6 +4,7 @@ Knows nothing of slots: whoever unloads an adapter tells those.
 """
 
 import itertools
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.errors import BadAdapter, EngineError, UnknownAdapter
 from cabochon.engine.messages import AdapterInfo, AdapterReply, LoadAdapter, Refusal
+
+logger = logging.getLogger(__name__)
 
 Read = Callable[[Path], Adapter]  # raises BadAdapter
 
@@ -45,14 +48,14 @@ class Adapters:
 
     def load(self, name: str, path: str) -> AdapterInfo:
         """At once, before the engine serves. Raises BadAdapter."""
-        return self._enter(LoadAdapter(reply_to=0, name=name, path=path), self._read(Path(path)))[0]
+        return self._enter(LoadAdapter(reply_to=0, name=name, path=path), self._read_or_refuse(path))[0]
 
     def start_load(self, message: LoadAdapter) -> None:
         """Answered by a later `finish_loads`."""
         if not message.replace and self._is_taken(message.name):
             self.refuse(message.reply_to, _taken(message.name))
             return
-        self._reading.append((message, self._reader.submit(self._read, Path(message.path))))
+        self._reading.append((message, self._reader.submit(self._read_or_refuse, message.path)))
 
     def finish_loads(self) -> list[LoadedAdapter]:
         """Enter what has been read. Returns those that were replaced."""
@@ -88,6 +91,20 @@ class Adapters:
         """Since the last call."""
         replies, self._replies = self._replies, []
         return replies
+
+    def _read_or_refuse(self, path: str) -> Adapter:
+        """Raises BadAdapter, whatever happens: a disk or mount that fails must not end the engine."""
+        try:
+            return self._read(Path(path))
+        except BadAdapter:
+            raise
+        except Exception as error:
+            logger.warning("adapter not read reason=%r", error)
+            raise BadAdapter(
+                f"lora_path must lead to an adapter that can be read, reading it failed with"
+                f" {type(error).__name__}: the server's log says why",
+                "lora_path",
+            ) from error
 
     def _is_taken(self, name: str) -> bool:
         return name in self._by_name or any(message.name == name for message, _ in self._reading)

@@ -1,13 +1,14 @@
 """Which adapters are on the device: a slot each. An idle one gives way, least recently used first.
 
 A request whose adapter finds no slot waits, and others pass it. But it claims a slot: requests that came
-later and are of the adapter there then wait themselves, or a busy adapter could keep its slot for ever.
+later and are of the adapter there then wait themselves, or a busy adapter could keep its slot for ever. Those
+that wait by the time their adapter gets a slot may join it, claimed or not, so that batches are not of one.
 Knows nothing of tensors, rows or pages.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
 
 from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.rows import NO_ADAPTER
@@ -28,21 +29,19 @@ class LoadedAdapter:
         return f"{self.uid} {self.name}"
 
 
-class _Claim(NamedTuple):
-    adapter: LoadedAdapter
-    priority: int  # of the request that made it: better ones need not respect it
-
-
 class AdapterSlots:
     """Slots 0..num_slots − 1 of the device, and the running requests of each."""
 
-    def __init__(self, num_slots: int, waiting: Collection[LoadedAdapter] = ()) -> None:
-        """waiting: the adapters of requests that wait, at any time."""
+    def __init__(
+        self, num_slots: int, waiting: Mapping[LoadedAdapter, Mapping[int, int]] = MappingProxyType({})
+    ) -> None:
+        """waiting: at any time, how many requests of an adapter wait, by priority. None is 0."""
         self._waiting = waiting
         self._held: list[LoadedAdapter | None] = [None] * num_slots
         self._num_running = [0] * num_slots
         self._last_use = [0] * num_slots
-        self._claims: list[_Claim | None] = [None] * num_slots
+        self._claims: list[LoadedAdapter | None] = [None] * num_slots
+        self._passes = [0] * num_slots  # requests that waited when their adapter got the slot: they join it
         self._clock = 0
         self._changes: dict[int, LoadedAdapter | None] = {}
 
@@ -61,8 +60,7 @@ class AdapterSlots:
         """Whether a request can run now; if not, it has claimed a slot as soon as one is left to claim."""
         if adapter is None or self._find(adapter, priority) is not None:
             return True
-        claims = (claim for claim in self._claims if claim is not None)
-        if adapter not in self._held and all(claim.adapter is not adapter for claim in claims):
+        if adapter not in self._held and adapter not in self._claims:
             self._claim(adapter, priority)
         return False
 
@@ -72,11 +70,12 @@ class AdapterSlots:
             return NO_ADAPTER
         slot = self._find(adapter, priority)
         assert slot is not None, "no slot for the adapter"
-        if self._held[slot] is not adapter:
+        if self._held[slot] is adapter:
+            self._passes[slot] = max(0, self._passes[slot] - 1)
+        else:
             self._held[slot] = self._changes[slot] = adapter
-        for other, claim in enumerate(self._claims):
-            if claim is not None and claim.adapter is adapter:
-                self._claims[other] = None
+            self._passes[slot] = sum(self._waiting.get(adapter, {}).values())
+        self._claims = [None if claim is adapter else claim for claim in self._claims]
         self._num_running[slot] += 1
         self._touch(slot)
         return slot
@@ -97,6 +96,11 @@ class AdapterSlots:
         if adapter in self._held and not self._num_running[slot := self._held.index(adapter)]:
             self._held[slot] = self._changes[slot] = None
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether take_changes has something to give."""
+        return bool(self._changes)
+
     def take_changes(self) -> list[tuple[int, LoadedAdapter | None]]:
         """Slots that hold something else than at the last call: to be brought there before the next step."""
         changes = list(self._changes.items())
@@ -116,7 +120,7 @@ class AdapterSlots:
         """The slot that it has or can have at once, if claims allow that."""
         if adapter in self._held:
             slot = self._held.index(adapter)
-            return slot if self._is_open(slot, adapter, priority) else None
+            return slot if self._passes[slot] or self._is_open(slot, adapter, priority) else None
         idle = [
             slot
             for slot, count in enumerate(self._num_running)
@@ -125,17 +129,21 @@ class AdapterSlots:
         return min(idle, key=lambda slot: (self._held[slot] is not None, self._last_use[slot]), default=None)
 
     def _is_open(self, slot: int, adapter: LoadedAdapter, priority: int) -> bool:
+        """To who claims it, and to requests of better priority than any that waits for the claim."""
         claim = self._claims[slot]
-        if claim is not None and claim.adapter not in self._waiting:
-            claim = self._claims[slot] = None  # whoever made it has gone
-        return claim is None or claim.adapter is adapter or priority < claim.priority
+        if claim is None or claim is adapter:
+            return True
+        if claim not in self._waiting:
+            self._claims[slot] = None  # whoever made it has gone
+            return True
+        return priority < min(self._waiting[claim])
 
     def _claim(self, adapter: LoadedAdapter, priority: int) -> None:
         """The slot that is likely to be idle first."""
         open_ones = [slot for slot in range(len(self._held)) if self._is_open(slot, adapter, priority)]
         if open_ones:
             slot = min(open_ones, key=lambda slot: (self._num_running[slot], self._last_use[slot]))
-            self._claims[slot] = _Claim(adapter, priority)
+            self._claims[slot] = adapter
 
     def _touch(self, slot: int) -> None:
         self._clock += 1

@@ -1,7 +1,9 @@
 """Slots of adapters: who gets one, who gives way, and that nobody waits for ever."""
 
-from collections import Counter
+import statistics
+from collections.abc import Callable
 
+import pytest
 from paged_world import World, prompt_of, request
 
 from cabochon.engine.adapters.adapter import Adapter
@@ -48,7 +50,7 @@ def test_the_least_recently_used_idle_adapter_gives_way() -> None:
 
 
 def test_who_finds_no_slot_gets_the_next_that_is_idle_and_later_requests_of_its_adapter_wait() -> None:
-    waiting = Counter([C])
+    waiting = {C: {0: 1}}
     slots = AdapterSlots(2, waiting)
     enter(slots, A)
     enter(slots, A)
@@ -64,13 +66,62 @@ def test_who_finds_no_slot_gets_the_next_that_is_idle_and_later_requests_of_its_
 
 
 def test_a_claim_ends_with_the_last_request_that_made_it() -> None:
-    waiting = Counter([C])
+    waiting = {C: {0: 1}}
     slots = AdapterSlots(1, waiting)
     enter(slots, A)
     assert not slots.may_enter(C, 0)
     assert not slots.may_enter(A, 0)
     del waiting[C]
     assert slots.may_enter(A, 0)
+
+
+def test_a_claim_has_the_priority_of_the_best_request_that_waits_for_it() -> None:
+    waiting = {C: {9: 1}}
+    slots = AdapterSlots(1, waiting)
+    enter(slots, A)
+    assert not slots.may_enter(C, 9)
+    assert slots.may_enter(A, 5)
+    waiting[C] = {0: 1, 9: 1}
+    assert not slots.may_enter(C, 0)
+    assert not slots.may_enter(A, 5), "it passes a better one"
+    waiting[C] = {9: 1}
+    assert slots.may_enter(A, 5), "the better one has gone"
+
+
+def test_those_who_wait_when_their_adapter_gets_a_slot_join_it_and_later_ones_respect_claims() -> None:
+    waiting = {A: {0: 2}, B: {0: 1}}
+    slots = AdapterSlots(1, waiting)
+    enter(slots, A)
+    assert not slots.may_enter(B, 0)
+    enter(slots, A)
+    enter(slots, A)
+    assert not slots.may_enter(A, 0)
+
+
+def test_two_adapters_that_share_a_slot_run_in_batches() -> None:
+    world = World(max_loras=1, max_seqs=8, num_pages=200, step_tokens=32)
+    running = []
+    for index in range(60):
+        for adapter in "ab":
+            name = f"{adapter}{index}"
+            world.add(request(name, prompt_of(4, seed=index), 6, ignore_eos=True, adapter=adapter))
+        world.step()
+        running.append(world.scheduler.stats().running)
+    assert statistics.mean(running) > 5
+    world.run()
+    assert len(world.reasons) == 120
+
+
+@pytest.mark.parametrize("end", ["runs out", "is aborted"])
+def test_a_request_that_has_ended_keeps_no_adapter_alive(end: str) -> None:
+    world = World(max_loras=1)
+    world.add(request("a", prompt_of(5), 3, adapter="a"))
+    (ended,) = world.scheduler._requests.values()
+    world.step()
+    assert ended.adapter is not None
+    finish: Callable[[], object] = world.run if end == "runs out" else lambda: world.scheduler.abort("a")
+    finish()
+    assert ended.adapter is None
 
 
 def test_an_unloaded_adapter_leaves_with_its_last_request() -> None:

@@ -115,6 +115,8 @@ def test_a_list_in_a_file_or_a_variable(
         (["--lora-modules", "demo=/x"], "must not be a name of the model itself, got demo: choose another"),
         (["--served-model-name=g", "--lora-modules=g=/x"], "must not be a name of the model itself, got g"),
         (["--lora-modules", "a,b=/x", "c=/y"], "a name of lora_modules must have 1 to 256 .*, got a,b"),
+        (["--merge-lora", "a=/x", "--lora-modules", "a=/y"], "a name of lora_modules must not be a name of"),
+        (["--merge-lora", " a=/x"], "the name of merge_lora must have 1 to 256"),
         (["--device", "tpu"], "device: Input should be 'auto'"),
         (["--port", "99999"], r"port must be in \[0, 65535\], got 99999"),
         (["--page-tokens", "24"], "page_tokens must be a power of two, got 24"),

@@ -1,6 +1,8 @@
 """Engines with adapters: tokens and log probabilities of mixed batches are those of transformers and peft."""
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,57 @@ def test_an_unloaded_adapter_gives_its_memory_back_while_idle(
     core.step()
     assert not any(weights._adapters)
     assert not any(weights._layers)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "d/" * 3000])
+def test_a_path_that_no_file_system_takes_is_refused(
+    small: AdaptedGemma, small_gemma2_dir: Path, path: str
+) -> None:
+    core = core_of(small, small_gemma2_dir)
+    assert load(core, "long", Path(path)) is not None
+
+
+def test_a_reader_without_memory_refuses_and_the_engine_goes_on(
+    small: AdaptedGemma, small_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = core_of(small, small_gemma2_dir)
+
+    def fail(_: Path) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(core.adapters, "_read", fail)
+    assert "RuntimeError" in (load(core, "large", small.paths["eight"]) or "")
+    ids = prompt(9, 5)
+    start(core, "a", "eight", ids)
+    assert finish(core) == {"a": small.greedy("eight", ids, 6)}
+
+
+def test_an_adapter_unloaded_while_its_last_request_runs_leaves_with_it(
+    small: AdaptedGemma, small_gemma2_dir: Path
+) -> None:
+    core = core_of(small, small_gemma2_dir)
+    start(core, "a", "eight", prompt(9))
+    core.step()
+    adapter = core.adapters.get("eight")
+    assert adapter is not None
+    weights = weakref.ref(adapter.weights.layers[0]["qkv"].a)
+    del adapter
+    unload(core, "eight")
+    finish(core)
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_wrong_number_of_adapters_leaves_the_llm_as_it_was(
+    small: AdaptedGemma, small_gemma2_dir: Path
+) -> None:
+    llm = LLM(str(small_gemma2_dir), dtype="fp32", kv_cache_gib=0.01, threads=1, lora_modules=modules(small))
+    for bad in (["eight"], ["eight"] * 4):
+        with pytest.raises(ValueError, match="one per prompt"):
+            llm.generate([prompt(4)] * 3, adapter=bad)
+    with pytest.raises(TypeError):
+        llm.generate([prompt(4), 5])  # type: ignore[list-item]
+    assert len(llm.generate([prompt(4)] * 2, adapter="eight")) == 2
 
 
 def test_adapters_need_slots(small: AdaptedGemma, small_gemma2_dir: Path) -> None:
