@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 StepListener = Callable[[StepOutput], None]
 EXIT_TIMEOUT_S = 5.0
+OLD_S = 0.5  # of a snapshot, while requests are open: longer than most steps
 
 
 class _Stream(AsyncIterator[RequestOutput]):
@@ -182,9 +183,13 @@ class EngineClient(Engine):
         await self._ask(UnloadAdapter(reply_to=self._next_question(), name=name))
 
     def stats(self) -> EngineStats:
-        """Requests that the last snapshot does not know yet are waiting: a hung engine does not look idle."""
+        """The last snapshot; where it is old, requests that it does not know wait: a hung engine looks busy.
+
+        Not at once: a picker that sees each new request waiting for a step would send the next elsewhere,
+        away from its pages.
+        """
         waiting = len(self._streams) - self._stats.running
-        if waiting <= self._stats.waiting:
+        if waiting <= self._stats.waiting or time.monotonic() - self._last_message_s < OLD_S:
             return self._stats
         return dataclasses.replace(self._stats, waiting=waiting)
 

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-GATEWAY_TOOLS = Path(__file__).parents[1] / ".venv-gateway" / "bin"
+ROOT = Path(__file__).parents[1]
+GATEWAY_TOOLS = ROOT / ".venv-gateway" / "bin"
+CAP = "ONEDNN_MAX_CPU_ISA"
 
 
 def absent(reason: str) -> NoReturn:
@@ -24,6 +28,23 @@ def need_package(name: str) -> Any:
     if find_spec(name) is None:
         absent(f"{name} is not installed: make clients")
     return import_module(name)
+
+
+def ran_without_amx(request: pytest.FixtureRequest) -> bool:
+    """Whether this was a CPU with AMX, and the test has run in a process that does not use it.
+
+    oneDNN's bf16 products on AMX give a row other bits among 16 rows than among 64 (docs/decisions.md).
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if CAP in os.environ or not cpuinfo.exists() or "amx_bf16" not in cpuinfo.read_text():
+        return False
+    options = ["-q", "-m", "", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(ROOT / request.node.nodeid)],
+        env={**os.environ, CAP: "AVX512_CORE_BF16"}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    return True
 
 
 def need_program(name: str, *paths: str) -> str:

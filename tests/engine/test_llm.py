@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from random_gemma import oracle_greedy
+from tools import ran_without_amx
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
 
 from cabochon.engine.errors import BadPrompt, ComputeError, ConfigError, PromptTooLong
@@ -169,7 +170,11 @@ def test_the_demos_greedy_text_equals_transformers_in_fp32(demo_dir: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_demo_in_bf16_gives_the_same_tokens_alone_or_among_others(demo_dir: Path) -> None:
+def test_the_demo_in_bf16_gives_the_same_tokens_alone_or_among_others(
+    demo_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    if ran_without_amx(request):
+        return
     llm = LLM("demo", dtype="bf16", kv_cache_gib=0.5, prefix_caching=False, step_tokens=4096)
     params = [
         SamplingParams(seed=i, temperature=(i % 2) * 0.8, max_tokens=24, ignore_eos=True) for i in range(16)
