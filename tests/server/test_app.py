@@ -272,7 +272,7 @@ def test_a_dead_engine_is_unhealthy_and_refuses(live: LiveServer) -> None:
     answer = live.chat()
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "engine_dead"
-    assert live.http.get("/metrics").status_code == 200
+    assert live.http.get("/metrics").status_code == 503, "its last gauges would look idle"
 
 
 def test_docs_load_nothing_from_elsewhere(live: LiveServer) -> None:
