@@ -32,6 +32,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, live: LiveServer) -> Iterator[Browser]:
     """The page of `live`, loaded. In the end it has asked nobody else for anything, and logged no error."""
+    browser.driver.get("about:blank")  # the page of the test before asks its own server, until it is gone
     browser.read_logs()
     browser.requests.clear()
     browser.complaints.clear()
