@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -124,8 +123,3 @@ class Gateway:
 
         wait_until(is_there, START_S)
         return found[0]
-
-
-if __name__ == "__main__":  # python tests/gateway/gateway.py URL...: by hand, until Enter
-    with Gateway(*sys.argv[1:]) as gateway:
-        input(f"{gateway.url}\n")
