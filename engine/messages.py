@@ -76,7 +76,9 @@ class EngineStats:
     prefix_hits: int = 0  # prompt tokens found there
     preemptions: int = 0
     resident_adapters: list[str] = field(default_factory=list)  # in a slot of the device, in use or not
-    waiting_adapters: list[str] = field(default_factory=list)  # of waiting requests, in no slot
+    waiting_adapters: list[str] = field(
+        default_factory=list
+    )  # of waiting requests; names may be in both, and twice
 
     @property
     def kv_usage(self) -> float:

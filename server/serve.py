@@ -17,7 +17,7 @@ import uvicorn
 from tqdm import tqdm
 
 from cabochon.engine.client import EngineClient
-from cabochon.engine.config import EngineConfig, default_topic, split_module
+from cabochon.engine.config import EngineConfig, default_topic
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.models.source import locate
@@ -28,7 +28,7 @@ from cabochon.server.config import ServerConfig
 from cabochon.server.head_limit import LimitedHead
 from cabochon.server.prompts import load_prompts
 from cabochon.server.service import VERSION, Service
-from cabochon.server.settings import Settings
+from cabochon.server.settings import Settings, served_names
 from cabochon.server.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
@@ -110,11 +110,8 @@ async def start_service(settings: Settings) -> Service:
 
 
 def named(settings: Settings) -> ServerConfig:
-    """The server's options; a merged adapter's name is the model's, unless names are given."""
-    if settings.engine.merge_lora is None or settings.server.served_model_name:
-        return settings.server
-    name, _ = split_module("merge_lora", settings.engine.merge_lora)
-    return dataclasses.replace(settings.server, served_model_name=(name,))
+    """The server's options, the names settled."""
+    return dataclasses.replace(settings.server, served_model_name=served_names(settings))
 
 
 def with_topic(settings: Settings) -> EngineConfig:
@@ -122,8 +119,7 @@ def with_topic(settings: Settings) -> EngineConfig:
     engine = settings.engine
     if engine.kv_events_endpoint is None or engine.kv_events_topic is not None:
         return engine
-    names = named(settings).served_model_name or (engine.model,)
-    return dataclasses.replace(engine, kv_events_topic=default_topic(names[0]))
+    return dataclasses.replace(engine, kv_events_topic=default_topic(served_names(settings)[0]))
 
 
 def _exit_now(number: int) -> None:

@@ -100,14 +100,21 @@ def _checked(values: dict[str, Any]) -> Settings:
     return settings
 
 
+def served_names(settings: Settings) -> tuple[str, ...]:
+    """Of the model: as given, or a merged adapter's, or the model's own."""
+    if settings.server.served_model_name:
+        return settings.server.served_model_name
+    if settings.engine.merge_lora is not None:
+        return (split_module("merge_lora", settings.engine.merge_lora)[0],)
+    return (settings.engine.model,)
+
+
 def _check_adapter_names(settings: Settings) -> None:
-    engine, base_names = settings.engine, settings.server.served_model_name
-    if engine.merge_lora is not None and not base_names:
-        name, _ = split_module("merge_lora", engine.merge_lora)
-        base_names = (name,)
+    base_names = served_names(settings)
+    if settings.engine.merge_lora is not None:
+        name, _ = split_module("merge_lora", settings.engine.merge_lora)
         if wrong := problem_of_name(name, ()):
             raise ConfigError(f"the name of merge_lora {wrong}, got {name}: choose another")
-    base_names = base_names or (engine.model,)
     for module in settings.engine.lora_modules:
         name, _ = split_module("lora_modules", module)
         if wrong := problem_of_name(name, base_names):

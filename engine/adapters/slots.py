@@ -48,13 +48,12 @@ class AdapterSlots:
     @property
     def resident(self) -> list[str]:
         """Names of the adapters that have a slot, in use or not."""
-        return list(dict.fromkeys(one.name for one in self._held if one is not None))
+        return [one.name for one in self._held if one is not None]
 
     @property
     def awaited(self) -> list[str]:
-        """Names of adapters that requests wait for, but those that have a slot."""
-        resident = self.resident
-        return [name for name in dict.fromkeys(one.name for one in self._waiting) if name not in resident]
+        """Names of adapters of waiting requests, whatever they wait for."""
+        return [one.name for one in self._waiting]
 
     def may_enter(self, adapter: LoadedAdapter | None, priority: int) -> bool:
         """Whether a request can run now; if not, it has claimed a slot as soon as one is left to claim."""

@@ -129,7 +129,7 @@ def test_an_unloaded_adapter_leaves_with_its_last_request() -> None:
     slot = enter(slots, A)
     slots.take_changes()
     slots.forget(A)
-    assert slots.resident == ["a"]
+    assert set(slots.resident) == {"a"}
     slots.release(slot)
     assert slots.resident == []
     assert slots.take_changes() == [(slot, None)]
@@ -139,7 +139,7 @@ def test_an_unloaded_adapter_leaves_with_its_last_request() -> None:
 def test_two_versions_of_an_adapter_are_two_adapters_of_one_name() -> None:
     slots = AdapterSlots(2)
     assert enter(slots, adapter("a", 1)) != enter(slots, adapter("a", 2))
-    assert slots.resident == ["a"]
+    assert set(slots.resident) == {"a"}
 
 
 def test_a_request_that_waits_for_a_slot_blocks_nobody_else() -> None:
