@@ -36,7 +36,12 @@ def test_the_sum_is_served_as_the_adapters_name_and_no_other(tiny_gemma2_dir: Pa
 
 @pytest.mark.parametrize(
     ("merge_lora", "given", "names"),
-    [(None, (), ("demo",)), ("x=path", (), ("x",)), ("x=path", ("y", "z"), ("y", "z")), (None, ("y",), ("y",))],
+    [
+        (None, (), ("demo",)),
+        ("x=path", (), ("x",)),
+        ("x=path", ("y", "z"), ("y", "z")),
+        (None, ("y",), ("y",)),
+    ],
 )
 def test_names_that_are_given_win(
     merge_lora: str | None, given: tuple[str, ...], names: tuple[str, ...]
