@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pins what the images install: writes gpu.txt and cpu.txt, one line a package, with hashes of its wheels.
 
-`make image-pins` takes the newest versions that pyproject.toml allows, `--keep` those that are pinned already.
+`make image-pins` takes the newest versions that pyproject.toml allows, `--keep` those that are pinned.
 uv resolves: it reads the metadata of CUDA's gigabytes by HTTP ranges, where pip downloads the wheels.
 """
 
@@ -54,12 +54,17 @@ def resolve(extras: list[str], machine: str, constraints: list[str]) -> dict[str
         command = ["uv", "pip", "compile", str(ROOT / "pyproject.toml"), "--format=pylock.toml", "--quiet"]
         command += [f"--extra={extra}" for extra in extras]
         command += [f"--constraint={constraint_file}", "--only-binary=:all:", "--no-python-downloads"]
-        command += [f"--python-version={PYTHON[0]}.{PYTHON[1]}", f"--python-platform={machine}-manylinux_2_{GLIBC_MINOR}"]
+        command += [
+            f"--python-version={PYTHON[0]}.{PYTHON[1]}",
+            f"--python-platform={machine}-manylinux_2_{GLIBC_MINOR}",
+        ]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         subprocess.run([*command, f"--output-file={lock}"], check=True, env={**os.environ, "PATH": path})
         packages = tomllib.loads(lock.read_text())["packages"]
     fitting = set(tags(machine))
-    return {canonicalize_name(entry["name"]): (entry["version"], hashes(entry, fitting)) for entry in packages}
+    return {
+        canonicalize_name(entry["name"]): (entry["version"], hashes(entry, fitting)) for entry in packages
+    }
 
 
 def hashes(entry: dict[str, Any], fitting: set[Tag]) -> set[str]:
@@ -71,7 +76,8 @@ def hashes(entry: dict[str, Any], fitting: set[Tag]) -> set[str]:
     }
     if not found:
         raise ValueError(
-            f"every package needs a wheel for the image, {entry['name']} {entry['version']} has none: pin another"
+            f"every package needs a wheel for the image, {entry['name']} {entry['version']} has none:"
+            " pin another"
         )
     return found
 
