@@ -1,8 +1,8 @@
 """A gcloud and a kubectl that remember: `python fake_gcloud.py FOLDER gcloud|kubectl WORD...`.
 
 FOLDER/state.json has what exists, FOLDER/calls.jsonl each call. Like the real ones it refuses to create
-twice, to create on what is not there, and to delete what others use or what is not there. FOLDER/fail_at holds
-the number of the change that fails for want of a permission; with FOLDER/blind every look does.
+twice, to create on what is not there, and to delete what others use or what is not there. FOLDER/fail_at
+holds the number of the change that fails for want of a permission; with FOLDER/blind every look does.
 """
 
 import json
