@@ -9,14 +9,17 @@ RAY_STAMP := $(VENV)/.ray
 CLIENTS_STAMP := $(VENV)/.clients
 GATEWAY := .venv-gateway
 GATEWAY_STAMP := $(GATEWAY)/.installed
+DEPLOY := .venv-deploy
+DEPLOY_STAMP := $(DEPLOY)/.installed
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SERVE_ARGS ?=
 GPU_WHEELS := .gpu-wheels
 GPU_CHECK_ARGS ?=
+IMAGE_ARGS ?= --build-arg REVISION=$$(git rev-parse HEAD)
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve serve-ray test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
+.PHONY: help serve serve-ray test test-slow clients gateway-tools deploy-tools image image-cpu image-pins check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +62,22 @@ $(GATEWAY_STAMP): tests/gateway/requirements.txt
 	$(GATEWAY)/bin/pip install -r $<
 	touch $@
 
+deploy-tools: $(DEPLOY_STAMP) ## Install the linters of what is in deploy/, and uv, into .venv-deploy (Linux on x86-64, 130 MB)
+
+$(DEPLOY_STAMP): tests/deploy/requirements.txt
+	$(PYTHON) -m venv --clear $(DEPLOY)
+	$(DEPLOY)/bin/pip install -r $<
+	touch $@
+
+image: ## The image for NVIDIA GPUs, by Docker with BuildKit (IMAGE=NAME:TAG)
+	DOCKER_BUILDKIT=1 docker build --file Dockerfile.gpu --tag $(or $(IMAGE),cabochon-gpu) $(IMAGE_ARGS) .
+
+image-cpu: ## The image without a GPU, for kind or minikube
+	DOCKER_BUILDKIT=1 docker build --file Dockerfile.gpu --target cpu --tag $(or $(IMAGE),cabochon-cpu) $(IMAGE_ARGS) .
+
+image-pins: $(DEPLOY_STAMP) ## Pin what the images install anew
+	$(DEPLOY)/bin/python deploy/gke/images/resolve.py
+
 check: format lint types test ## What CI runs first
 
 format: $(STAMP) ## Is everything formatted?
@@ -92,4 +111,4 @@ screenshot: $(STAMP) ## The picture in the README anew
 	$(BIN)/python tests/screenshot.py docs/images/ui.png
 
 clean: ## Remove what make made
-	rm -rf $(VENV) $(GATEWAY) .types build *.egg-info
+	rm -rf $(VENV) $(GATEWAY) $(DEPLOY) .types build *.egg-info

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tools
-from tools import need_gateway_tools, need_package, need_program
+from tools import need_deploy_tools, need_gateway_tools, need_package, need_program
 
 ABSENT = [(need_package, "no_such_package", "make clients"), (need_program, "no-such-program", "run `make")]
 
@@ -43,12 +43,30 @@ def test_where_all_must_run_it_fails(
     [("0", pytest.skip.Exception), ("1", pytest.fail.Exception)],
     ids=["skip", "fail"],
 )
-def test_without_envoy_a_test_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, must_run: str, outcome: type[Exception]
+@pytest.mark.parametrize(
+    ("need", "folder", "remedy"),
+    [
+        (need_gateway_tools, "GATEWAY_TOOLS", "Envoy is not installed: make gateway-tools"),
+        (
+            need_deploy_tools,
+            "DEPLOY_TOOLS",
+            "hadolint, shellcheck and uv are not installed: make deploy-tools",
+        ),
+    ],
+    ids=["gateway", "deploy"],
+)
+def test_without_an_environment_of_tools_a_test_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    need: Any,
+    folder: str,
+    remedy: str,
+    must_run: str,
+    outcome: type[Exception],
 ) -> None:
     monkeypatch.setenv("CABOCHON_TEST_ALL", must_run)
-    monkeypatch.setattr(tools, "GATEWAY_TOOLS", tmp_path / "bin")
-    with pytest.raises(outcome, match="Envoy is not installed: make gateway-tools"):
-        need_gateway_tools()
+    monkeypatch.setattr(tools, folder, tmp_path / "bin")
+    with pytest.raises(outcome, match=remedy):
+        need()
     (tmp_path / ".installed").touch()
-    assert need_gateway_tools() == tmp_path / "bin"
+    assert need() == tmp_path / "bin"

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GATEWAY_TOOLS = ROOT / ".venv-gateway" / "bin"
+DEPLOY_TOOLS = ROOT / ".venv-deploy" / "bin"
 CAP = "ONEDNN_MAX_CPU_ISA"
 
 
@@ -60,3 +61,10 @@ def need_gateway_tools() -> Path:
     if not (GATEWAY_TOOLS.parent / ".installed").exists():
         absent("Envoy is not installed: make gateway-tools")
     return GATEWAY_TOOLS
+
+
+def need_deploy_tools() -> Path:
+    """The folder with linters of shell scripts and Dockerfiles, uv, and a Python for it."""
+    if not (DEPLOY_TOOLS.parent / ".installed").exists():
+        absent("hadolint, shellcheck and uv are not installed: make deploy-tools")
+    return DEPLOY_TOOLS
