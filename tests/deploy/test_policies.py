@@ -314,6 +314,8 @@ def test_rays_environment_passes_our_check_and_is_that_of_the_guide() -> None:
         "from cabochon.server.settings import load_arguments, set_ray_environment\n"
         "settings = load_arguments({})\n"
         "check_direct_ingress(settings)\n"
+        "from cabochon.server.deployment import app_builder\n"
+        "app_builder({})\n"
         "before = dict(os.environ)\n"
         "set_ray_environment(settings)\n"
         "print(json.dumps([name for name in os.environ.keys() - before.keys() if name.startswith('RAY_')]))"

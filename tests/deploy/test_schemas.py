@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from dataclasses import fields
+from importlib import import_module
 from typing import Any, get_type_hints
 
 import kubernetes_validate
@@ -22,6 +23,7 @@ from kustomized import (
     worker_of,
 )
 from pydantic import TypeAdapter
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from cabochon.server.armor.config import ArmorConfig
@@ -116,9 +118,14 @@ def test_serve_wants_no_more_replicas_than_ray_has_workers(overlay: str) -> None
     documents = rendered(f"overlays/{overlay}")
     (group,) = one(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (deployment,) = application(documents).deployments
-    scaling = deployment.autoscaling_config
-    most = scaling["max_replicas"] if isinstance(scaling, dict) else deployment.num_replicas
-    assert most == group["maxReplicas"]
+    if isinstance(deployment.autoscaling_config, dict):
+        scaling = AutoscalingConfig.model_validate(deployment.autoscaling_config)
+        module, name = scaling.policy.policy_function.split(":")
+        getattr(import_module(module), name)(**scaling.policy.policy_kwargs)  # takes what it is given
+        assert (scaling.min_replicas, scaling.max_replicas) == (group["minReplicas"], group["maxReplicas"])
+        assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (0, 0)
+    else:
+        assert deployment.num_replicas == group["maxReplicas"]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
