@@ -103,9 +103,9 @@ gpu-wheels: ## Beforehand, for a GPU machine without network: 31 MB of wheels in
 		$(foreach n,34 31 28 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
 		--dest $(GPU_WHEELS) 'msgspec>=0.19' 'llguidance>=1.9,<2' fa3-fwd==0.0.3
 
-system-packages: ## Debian packages that some tests need: a browser, and the font of the pictures
+system-packages: ## Debian packages that some tests need: a browser, the font of the pictures, networks of their own
 	$(SUDO) apt-get update
-	$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-inter
+	$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-inter curl iproute2
 
 screenshot: $(STAMP) ## The picture in the README anew
 	$(BIN)/python tests/screenshot.py docs/images/ui.png
