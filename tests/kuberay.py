@@ -15,6 +15,7 @@ from tools import absent, need_program
 
 UNITS = {"m": 1e-3, "": 1, "Mi": 2**20, "Gi": 2**30}
 HEAD_IP, WORKER_IP = "10.77.0.1", "10.77.0.2"
+READ_ONLY = "mount --bind /tmp /tmp && mount -o remount,bind,ro / && ! touch /read-only 2>/dev/null && "
 
 
 def amount(quantity: str) -> int:
@@ -78,9 +79,9 @@ class PodNetwork:
         self._folder.cleanup()
 
     def start(self, pod: str, line: str, env: dict[str, str]) -> None:
-        """A shell line in a pod; its output goes to `log`."""
+        """A shell line in a pod, whose root file system is read-only but for /tmp. Output goes to `log`."""
         with (Path(self._folder.name) / "log").open("a") as log:
-            command = [self._ip, "netns", "exec", pod, "/bin/bash", "-c", "--", line]
+            command = [self._ip, "netns", "exec", pod, "/bin/bash", "-c", "--", READ_ONLY + line]
             self.first_processes.append(psutil.Popen(command, env=env, stdout=log, stderr=log))
 
     def ask(self, pod: str, *curl: str) -> str:
