@@ -62,7 +62,7 @@ $(GATEWAY_STAMP): tests/gateway/requirements.txt
 	$(GATEWAY)/bin/pip install -r $<
 	touch $@
 
-deploy-tools: $(DEPLOY_STAMP) ## Install the linters of what is in deploy/, and uv, into .venv-deploy (Linux on x86-64, 130 MB)
+deploy-tools: $(DEPLOY_STAMP) ## Install the linters of what is in deploy/, and uv, into .venv-deploy (Linux on x86-64, 420 MB)
 
 $(DEPLOY_STAMP): tests/deploy/requirements.txt
 	$(PYTHON) -m venv --clear $(DEPLOY)

@@ -50,7 +50,7 @@ def test_where_all_must_run_it_fails(
         (
             need_deploy_tools,
             "DEPLOY_TOOLS",
-            "hadolint, shellcheck and uv are not installed: make deploy-tools",
+            "hadolint, shellcheck, checkov and uv are not installed: make deploy-tools",
         ),
     ],
     ids=["gateway", "deploy"],

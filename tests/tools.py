@@ -64,7 +64,7 @@ def need_gateway_tools() -> Path:
 
 
 def need_deploy_tools() -> Path:
-    """The folder with linters of shell scripts and Dockerfiles, uv, and a Python for it."""
+    """The folder with linters of shell scripts, Dockerfiles and manifests, uv, and a Python for it."""
     if not (DEPLOY_TOOLS.parent / ".installed").exists():
-        absent("hadolint, shellcheck and uv are not installed: make deploy-tools")
+        absent("hadolint, shellcheck, checkov and uv are not installed: make deploy-tools")
     return DEPLOY_TOOLS
