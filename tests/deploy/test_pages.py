@@ -28,7 +28,18 @@ from cabochon.server.settings import as_arguments, load_arguments
 PAGES = sorted(GKE.glob("*.md"))
 GUIDE = (GKE / "README.md").read_text()
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-FOLDERS = ("base", "cluster", "components", "overlays", "sites", "tests", "docs", "server", "deploy")
+FOLDERS = (
+    "base",
+    "cluster",
+    "components",
+    "observability",
+    "overlays",
+    "sites",
+    "tests",
+    "docs",
+    "server",
+    "deploy",
+)
 
 
 def blocks_of(text: str, language: str) -> list[str]:
