@@ -187,7 +187,7 @@ def test_without_model_armor_and_with_the_addon(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fail_at", [2, 9, 15, 21])
+@pytest.mark.parametrize("fail_at", [2, 9, 15, 20])
 def test_after_an_interruption_the_next_run_ends_the_work(
     tmp_path: Path, story: dict[str, Any], fail_at: int
 ) -> None:
