@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from exposed_metrics import TARGET_LABELS, exposed, guard_names, stem
+from exposed_metrics import TARGET_LABELS, exposed
 from promtool import check_rules, expect, grouping_labels, metric_names, selector_labels
 from recorded_metrics import Series, after, input_series, recording
 from tools import ROOT, absent
@@ -129,8 +129,6 @@ def test_every_name_is_exposed_or_recorded() -> None:
     used_names = set().union(*(metric_names(rule["expr"]) for rule in rules()))
     assert used_names - set(exposed()) - recorded == set()
     assert recorded <= used_names, "recorded, and read by no alert"
-    if (guard := guard_names()) is not None:
-        assert {stem(name) for name in used_names if name.startswith("cabochon:guard")} <= guard
 
 
 def test_every_label_is_one_that_the_metric_has() -> None:
