@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -67,9 +67,7 @@ def arms(rows: Sequence[Row]) -> Figure | None:
     names = list(dict.fromkeys(arm for arm, _ in groups.values()))
     figure, (axes,) = card(
         f"Output tokens per second: {', '.join(names)}",
-        "; ".join(
-            part for part in ("Median of interleaved rounds, each a dot", about(rounds[0]), shared) if part
-        ),
+        f"Median of interleaved rounds, each a dot; {about(rounds[0])}",
         source(rounds[0]),
         height_in=1.9 + 0.5 * len(groups),
         left=0.25,
@@ -82,14 +80,13 @@ def arms(rows: Sequence[Row]) -> Figure | None:
         axes.plot([min(values), max(values)], [y, y], color=INK, linewidth=1.2, zorder=3)
         axes.plot(values, [y] * len(values), "o", color=INK, markersize=3.4, markeredgecolor="white",
                   markeredgewidth=0.5, zorder=4)  # fmt: skip
-        axes.text(
-            max(values) + longest * 0.02, y, amount(float(np.median(values))), va="center", weight="bold"
-        )
+        middle = amount(float(np.median(values)))
+        axes.text(max(values) + longest * 0.02, y, middle, va="center", weight="bold")
     axes.set_yticks(range(len(groups)), groups, color=INK)
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.set_xlim(0, longest * 1.12)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("output tok/s")
+    axes.set_xlabel(f"output tok/s ({shared})")
     return figure
 
 
@@ -112,9 +109,9 @@ def engine_latency(rows: Sequence[Row]) -> Figure | None:
         axes.vlines(
             x, *zip(*(row["ms_min_max"] for row in of_case), strict=True), color=colour, linewidth=1.2
         )
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "weight": "bold", "size": 9}
         for at, value, row in zip(x, y, of_case, strict=True):
-            axes.annotate(f"{amount(value)} ms", (at, row["ms_min_max"][1]), (0, 6), textcoords="offset points", ha="center",
-                          weight="bold", size=9)  # fmt: skip
+            axes.annotate(f"{amount(value)} ms", (at, row["ms_min_max"][1]), (0, 6), **where)
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{at:,}" for at in x])
         axes.minorticks_off()

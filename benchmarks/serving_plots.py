@@ -66,10 +66,8 @@ def ttft_distributions(rows: Sequence[Row]) -> Figure | None:
         percents, times = zip(*row["ttft_curve_ms"], strict=True)
         axes.plot(times, percents, color=colour)
         shown += times
-        height = 0.05 + 0.065 * (
-            len(drawn) - 1 - index
-        )  # lines cross: names stand in a column, in their order
-        where = {"transform": axes.transAxes, "ha": "right"}
+        height = 0.05 + 0.065 * (len(drawn) - 1 - index)  # lines cross: names in a column, in their order
+        where: dict[str, Any] = {"transform": axes.transAxes, "ha": "right"}
         axes.text(0.985, height, _load(row), color=colour, weight="bold", size=9, **where)
     axes.set_xscale("log")
     log_ticks(axes.xaxis, shown, " ms")
