@@ -40,7 +40,8 @@ class Bench:
 
     def _add(self, prompt_tokens: int, output_tokens: int) -> None:
         self._count += 1
-        ids = self._rng.integers(1000, self._args.top_id, prompt_tokens).tolist()
+        low = min(1000, self._args.top_id // 2)  # control tokens stand at a vocabulary's beginning
+        ids = self._rng.integers(low, self._args.top_id, prompt_tokens).tolist()
         params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
         self._core.add(GenerateRequest(request_id=f"{self._count}", prompt_ids=ids, params=params))
 

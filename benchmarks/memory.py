@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", choices=MODELS, default=list(MODELS), help="Gemma 2 by size, or demo"
     )
     p.add_argument("--page-tokens", type=int, default=16)
-    p.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 6144, 8192])
+    p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 6144, 8192])
     p.add_argument("--seqs", type=int, default=32, help="busy: requests at once")
     p.add_argument("--requests", type=int, default=128, help="busy: that end")
     p.add_argument("--processes", action="store_true", help="the processes of a server, nothing else")

@@ -55,8 +55,9 @@ def card(
     figure.text(0.03, 1 - 0.49 / height_in, subtitle, size=9, color=SOFT, va="top")
     figure.text(0.03, 0.16 / height_in, source, size=7.5, color=SOFT, va="bottom")
     head_in = 1.12 if panels > 1 else 0.9  # panels have titles of their own
+    gap = 0.26 if panels < 3 else 0.42  # of a panel's width, for its ticks
     grid = figure.add_gridspec(
-        1, panels, left=left, right=0.95, top=1 - head_in / height_in, bottom=0.86 / height_in, wspace=0.26
+        1, panels, left=left, right=0.95, top=1 - head_in / height_in, bottom=0.86 / height_in, wspace=gap
     )
     return figure, [figure.add_subplot(grid[0, index]) for index in range(panels)]
 

@@ -148,7 +148,7 @@ def kv_memory(rows: Sequence[Row]) -> Figure | None:
         axes.set_xticks([0, 4, 8] if max(x) == 8 else [0, max(x)])
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("thousand tokens" if axes is panels[0] else "")
+        axes.set_xlabel("× 1,024 tokens" if axes is panels[0] else "")
         words = f"−{percent(1 - held[-1] / full[-1])}"
         axes.text(max(x) * 0.96, full[-1] * 0.06, words, ha="right", size=12, weight="bold", color=BLUE)
         axes.text(max(x) * 0.05, full[-1] * 1.03, "full tables", color=SOFT, size=8.5, weight="bold")
