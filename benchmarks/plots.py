@@ -55,7 +55,11 @@ def all_plots(rows: Sequence[Row]) -> Iterator[Plot]:
 
 def arms(rows: Sequence[Row]) -> Figure | None:
     """Output tokens per second of each arm: a round is a dot, the median a bar, the spread a line."""
-    rounds = [row for row in rows if "round" in row and "output_tok_per_s" in row and "benchmark" not in row]
+    rounds = [
+        row
+        for row in rows
+        if "round" in row and "output_tok_per_s" in row and row.get("benchmark") != "serving"
+    ]
     key = next((key for key in ARM_KEYS if rounds and all(key in row for row in rounds)), None)
     if key is None:
         return None
