@@ -83,6 +83,7 @@ class CabochonReplica:
         raise_file_limit(settings.server.max_queued_requests)
         check_files(settings)
         self._service = await start_service(settings)
+        self._seen_after_s = settings.server.lame_duck_s
         self._watcher = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -93,8 +94,14 @@ class CabochonReplica:
         gc.freeze()  # what is loaded now is permanent: later collections need not walk it
         return app
 
-    def check_health(self) -> None:
-        """Serve calls it all the time. Raises EngineDead if the replica must be replaced."""
+    async def check_health(self) -> None:
+        """Serve calls it all the time. Raises EngineDead if the replica must be replaced.
+
+        In a rollout the first answer lets Serve stop the next old replica, so it waits until probes have
+        seen this one: its port is open already. They need as long as they need to see that one ends.
+        """
+        wait_s, self._seen_after_s = self._seen_after_s, 0.0
+        await asyncio.sleep(wait_s)
         if reason := self._service.engine.dead_reason():
             raise EngineDead(reason)
 

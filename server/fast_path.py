@@ -57,9 +57,7 @@ class FastPath:
         if path == "/metrics":
             response = _metrics()
         elif path in ("/health", SERVE_HEALTH):
-            response = _health(path)
-            if response is None:  # the engine is well: what remains is whether Serve drains
-                scope = {**scope, **_at(scope.get("root_path", "") + SERVE_HEALTH)}
+            response = await _health(path, self._app)
         await (response or self._app)(scope, receive, _with_one_id(send))
 
 
@@ -75,12 +73,19 @@ def _metrics() -> Response:
     return Response(text, status, media_type=METRICS_TYPE)
 
 
-def _health(path: str) -> Response | None:
-    """Nothing if it is Serve's turn to answer."""
+async def _health(path: str, server: ASGIApp) -> Response | None:
+    """The engine's truth, then Serve's word if it drains. Nothing if the answer is the proxy's own.
+
+    Serve also says 503 until its first check of a new replica has ended, and that one waits for probes.
+    """
     if replica.service is None:
         return None if path == SERVE_HEALTH else PlainTextResponse("only replicas have /health\n", 404)
     status, word = replica.service.lifecycle.health()
-    return None if status == 200 else JsonResponse({"status": word}, status)
+    if status != 200:
+        return JsonResponse({"status": word}, status)
+    if await _says_draining(server):
+        return PlainTextResponse(DRAINING, 503)
+    return PlainTextResponse("success")  # the word that KubeRay's probe looks for
 
 
 def _at(path: str) -> dict[str, Any]:

@@ -60,7 +60,16 @@ class RayServe:
 
     def deploy(self, **changes: Any) -> str:
         """READY when the replicas are, or FAILED and why. changes: of the options."""
-        answer = self._tell({"deploy": {**self._options, **changes}})
+        self.start_deploy(**changes)
+        return self.end_deploy()
+
+    def start_deploy(self, **changes: Any) -> None:
+        """Returns at once; an application that runs is replaced, one replica after the other."""
+        self._send({"deploy": {**self._options, **changes}})
+
+    def end_deploy(self) -> str:
+        """As `deploy`."""
+        answer = self._hear()
         self.is_deployed = answer == READY
         return answer
 
@@ -90,10 +99,6 @@ class RayServe:
         """What Ray and the replicas have written."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
-
-    def _tell(self, command: dict[str, Any]) -> str:
-        self._send(command)
-        return self._hear()
 
     def _send(self, command: dict[str, Any]) -> None:
         self._process.stdin.write(json.dumps(command) + "\n")

@@ -2,62 +2,34 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from completions import (
+    LONG,
+    NAME,
+    PREFIX,
+    STALE_S,
+    addresses,
+    complete,
+    server_of,
+    text_of,
+    wait_until_seen,
+    with_prefix_on,
+)
 from fake_server import wait_until
 from gateway import DROPPED, OPTIONS, PROBE_INTERVAL_S, SERVED, Gateway, address
 from real_server import RealServer
 
 pytestmark = pytest.mark.slow
 
-NAME = "demo"
-PREFIX = (
-    "Each replica keeps the pages of what it has read. " * 12
-)  # two whole chunks of the picker's, and more
-LONG: dict[str, Any] = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}  # seconds
-STALE_S = 0.4  # the picker's threshold and what a busy machine adds
-NUMBERS = count()
-
-
-def complete(client: openai.OpenAI, prompt: str | None = None, **fields: Any) -> Any:
-    """Greedy, of a prompt that nobody has seen if none is given."""
-    prompt = f"{next(NUMBERS)} is a number" if prompt is None else prompt
-    given = {"model": NAME, "max_tokens": 1, "temperature": 0, **fields}
-    return client.completions.create(prompt=prompt, **given)
-
-
-def server_of(client: openai.OpenAI, prompt: str | None = None, **fields: Any) -> str:
-    """The address that answered a short request."""
-    prompt = f"{next(NUMBERS)} is a number" if prompt is None else prompt
-    given = {"model": NAME, "max_tokens": 1, "temperature": 0, **fields}
-    raw = client.completions.with_raw_response.create(prompt=prompt, **given)
-    assert raw.parse().choices[0].finish_reason is not None
-    return str(raw.headers[SERVED])
-
 
 def status(gateway: Gateway) -> int:
     """Of a short request, whatever it is."""
     body = {"model": NAME, "prompt": "a", "max_tokens": 1}
     return gateway.http.post("/v1/completions", json=body).status_code
-
-
-def addresses(servers: list[RealServer]) -> list[str]:
-    return [address(server.url) for server in servers]
-
-
-def text_of(stream: Any) -> str:
-    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
-
-
-def wait_until_seen(gateway: Gateway, *servers: RealServer) -> None:
-    """Until the picker sends requests to these and to no others."""
-    with gateway.client() as client:
-        wanted = set(addresses(list(servers)))
-        wait_until(lambda: {server_of(client) for _ in servers} == wanted, 10)
 
 
 def test_answers_are_those_of_the_server_whole_or_streamed(gateway: Gateway, three: list[RealServer]) -> None:
@@ -236,18 +208,6 @@ def test_a_held_request_gets_429_in_time_and_503_once_nobody_is_ready(three: lis
         finally:
             one.process.resume()
         wait_until(lambda: status(gateway) == 200)
-
-
-def with_prefix_on(
-    gateway: Gateway, client: openai.OpenAI, server: RealServer, others: list[RealServer]
-) -> None:
-    """From now on requests that begin with PREFIX go to that server, as long as it gets any."""
-    gateway.set_pool(server.url)
-    wait_until_seen(gateway, server)
-    complete(client, PREFIX)
-    gateway.set_pool(server.url, *(other.url for other in others))
-    wait_until_seen(gateway, server, *others)
-    assert {server_of(client, PREFIX) for _ in range(3)} == {address(server.url)}
 
 
 def test_a_replica_that_drains_gets_nothing_new_and_loses_nothing(

@@ -69,6 +69,11 @@ def test_a_healthy_replica_answers_probes_as_serve_does(serve: Serve, engine: Fa
     assert set(serve.seen) == {"/-/healthz"}
 
 
+def test_a_new_replica_is_healthy_before_serve_says_so(serve: Serve, engine: FakeEngine) -> None:
+    serve.says = "UNHEALTHY"  # until its first check has ended, which waits for probes
+    assert [get(serve, path).text for path in ("/health", "/-/healthz")] == ["success"] * 2
+
+
 def test_an_engine_that_is_dead_or_drains_overrules_serve(serve: Serve, engine: FakeEngine) -> None:
     assert fast_path.replica.service is not None
     fast_path.replica.service.lifecycle.phase = Phase.LAME_DUCK

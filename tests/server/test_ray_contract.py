@@ -149,6 +149,34 @@ def test_a_replicas_health_says_that_it_drains(
     assert asyncio.run(Replica._dataplane_health_check(state)) == expected
 
 
+def test_a_replicas_port_is_open_before_its_first_check_and_serve_waits_for_that() -> None:
+    done: list[str] = []
+
+    def noted(name: str, value: Any = None) -> Any:
+        async def call() -> Any:
+            done.append(name)
+            return value
+
+        return call
+
+    state = SimpleNamespace(
+        _user_callable_initialized_lock=asyncio.Lock(),
+        _user_callable_initialized=False,
+        _user_callable_wrapper=SimpleNamespace(
+            initialize_callable=noted("constructor"),
+            start_user_loop_watchdog=lambda _: None,
+            has_user_replica_metadata_method=False,
+            call_record_autoscaling_stats=None,
+        ),
+        _event_loop=None,
+        _on_initialized=noted("port"),
+        _metrics_manager=SimpleNamespace(enable_custom_autoscaling_metrics=lambda **_: None),
+        check_health=noted("first check"),
+    )
+    asyncio.run(Replica.initialize(state, None, None))
+    assert done == ["constructor", "port", "first check"]
+
+
 def test_serve_builds_the_app_with_our_method_after_the_constructor() -> None:
     assert hasattr(CabochonReplica, SERVE_BUILD_ASGI_APP_METHOD)
 

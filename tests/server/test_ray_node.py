@@ -42,12 +42,19 @@ from cabochon.server.deployment import app_builder
 host, args = sys.argv[1], json.loads(sys.argv[2])
 ray.init(log_to_driver=False)
 serve.start(http_options={"host": host, "port": %d})
-serve.run(app_builder(args), name="cabochon")
+try:
+    serve.run(app_builder(args), name="cabochon")
+finally:
+    print(serve.status().applications["cabochon"].deployments["cabochon"].message)  # as `serve status` has it
 """
 
 
 class TwoNodes:
     """A head without a CPU, and a node for one replica. Everything has ended with the context."""
+
+    def __init__(self, **node_environment: str) -> None:
+        """node_environment: what is other than ENVIRONMENT on the node of the replica."""
+        self._node_environment = node_environment
 
     def __enter__(self) -> "TwoNodes":
         self._env = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "CABOCHON_"))}
@@ -56,9 +63,10 @@ class TwoNodes:
         self._env["RAY_TMPDIR"] = self._folder
         self._log = open(Path(self._folder) / "log", "w+")  # as long as the context
         head = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", "--include-dashboard=false"]
-        self._head = self._start(*head)
+        self._head = self._start(self._env, *head)
         wait_until(lambda: "Ray runtime started" in self.output(), 60)
-        self.node = self._start(f"--address=127.0.0.1:{GCS_PORT}", "--num-cpus=1")
+        node_env = self._env | self._node_environment
+        self.node = self._start(node_env, f"--address=127.0.0.1:{GCS_PORT}", "--num-cpus=1")
         wait_until(lambda: self.output().count("Ray runtime started") == 2, 60)
         return self
 
@@ -82,8 +90,16 @@ class TwoNodes:
     def output(self) -> str:
         return (Path(self._folder) / "log").read_text(errors="replace")
 
-    def _start(self, *flags: str) -> psutil.Popen:
-        return psutil.Popen([*START, *flags], env=self._env, stdout=self._log, stderr=self._log)
+    def serve(self, *command: str) -> psutil.Popen:
+        """Ray's own program; it ends by SIGINT, also if this process was started without."""
+        return psutil.Popen(
+            [str(RAY.with_name("serve")), *command],
+            env=self._env, stdout=self._log, stderr=self._log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    def _start(self, env: dict[str, str], *flags: str) -> psutil.Popen:
+        return psutil.Popen([*START, *flags], env=env, stdout=self._log, stderr=self._log)
 
 
 @pytest.fixture
@@ -119,3 +135,35 @@ def test_sigterm_to_a_node_drains_its_replica_in_three_phases(
         endless.join(DRAIN_S + 10)
         assert endless.error_code == "engine_dead", "the deadline's error, not a cut"
     two_nodes.node.wait(30)
+
+
+def test_serve_run_is_one_command_and_ends_by_control_c(two_nodes: TwoNodes, long_gemma2_dir: Path) -> None:
+    start = two_nodes.serve("start", f"--http-port={PROXY_PORT}", "--http-host=0.0.0.0")
+    assert start.wait(60) == 0, two_nodes.output()[-2000:]
+    args = {"model": long_gemma2_dir, "dtype": "fp32", "kv_cache_gib": 0.1, "threads": 1, "num_cpus": 0.1}
+    args |= {"port": PORT, "lame_duck_s": 0}
+    run = two_nodes.serve(
+        "run", "cabochon.server.deployment:app_builder", *(f"{k}={v}" for k, v in args.items())
+    )
+    with Replica(0) as replica:
+        wait_until(lambda: replica.health() == 200 or run.poll() is not None, 90)
+        assert run.poll() is None, two_nodes.output()[-2000:]
+        answer = replica.http.post(
+            "/v1/completions", json={"prompt": "a", "max_tokens": 3, "ignore_eos": True}
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        wait_until(lambda: "is ready at" in two_nodes.output(), 30)
+        run.send_signal(signal.SIGINT)
+        run.wait(60)
+        wait_until(lambda: replica.health() == 0, 30)
+
+
+def test_a_node_that_is_set_up_otherwise_is_named_in_the_status_with_the_mend() -> None:
+    with TwoNodes(RAY_SERVE_ENABLE_DIRECT_INGRESS="0") as nodes:
+        run = nodes.deploy("0.0.0.0", json.dumps({"model": "/nonexistent", "port": PORT, "num_cpus": 0.1}))
+    assert run.returncode != 0
+    mend = "it is 0: set it in the environment of every Ray node, head and workers, and start Ray again"
+    assert (
+        f"RAY_SERVE_ENABLE_DIRECT_INGRESS must be 1 (a port of its own for each replica), {mend}"
+        in run.stdout
+    )
