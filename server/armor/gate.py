@@ -16,6 +16,7 @@ from cabochon.server.armor.config import ArmorConfig
 from cabochon.server.armor.guard_metrics import GuardMetrics
 from cabochon.server.armor.prompt_texts import PromptTexts
 from cabochon.server.armor.response_guard import Blocked, Windows, guarded
+from cabochon.server.armor.verdict_cache import VerdictCache
 from cabochon.server.armor.verdicts import Checker, Mode, Policy, Stage, Verdict
 from cabochon.server.errors import ApiError
 from cabochon.server.generation import Choice, Delta
@@ -50,9 +51,10 @@ class Gate:
         self._policy_of = policy_of
         self._predicted_wait_s = predicted_wait_s
         self._quiet_until_s = 0.0
+        self._passed = VerdictCache(config.armor_cache_s)  # texts of prompts, each by itself
         self.windows = Windows(
-            first_window_chars=config.armor_first_window_chars,
-            max_window_chars=config.armor_max_window_chars,
+            first_chars=config.armor_first_window_chars,
+            max_chars=config.armor_max_window_chars,
             hold_back_chars=config.armor_hold_back_chars,
             context_chars=config.armor_context_chars,
             max_hold_s=config.armor_max_hold_s,
@@ -65,6 +67,18 @@ class Gate:
     def has_queue(self) -> bool:
         """Whether a prompt waits longer for the engine than for its verdict."""
         return self._predicted_wait_s() > self.config.armor_serial_queue_s
+
+    def unknown(self, policy: Policy, texts: Sequence[str]) -> list[str]:
+        """Those texts of a prompt that have not passed lately: a chat sends its earlier turns again."""
+        return [text for text in texts if self._passed.find(self._key(policy, text)) is None]
+
+    def remember(self, policy: Policy, texts: Sequence[str], verdict: Verdict) -> None:
+        """They have passed."""
+        for text in texts:
+            self._passed.keep(self._key(policy, text), verdict)
+
+    def _key(self, policy: Policy, text: str) -> bytes:
+        return self._passed.key(str(policy.prompt_template), policy.optional_filters, text)
 
     async def verdict(self, policy: Policy, stage: Stage, text: str, context: str = "") -> Verdict:
         """Asked, and counted."""
@@ -191,8 +205,12 @@ class RequestGuard:
         return result
 
     async def _pass(self, texts: Sequence[str]) -> None:
-        """All texts in one call: calls are what is scarce. Raises ApiError unless they pass."""
-        verdict = await self._gate.verdict(self._policy, "prompt", JOINT.join(texts))
+        """All new texts in one call: calls are what is scarce. Raises ApiError unless they pass."""
+        if not (unknown := self._gate.unknown(self._policy, texts)):
+            return
+        verdict = await self._gate.verdict(self._policy, "prompt", JOINT.join(unknown))
+        if verdict.outcome == "pass":
+            self._gate.remember(self._policy, unknown, verdict)
         if verdict.outcome == "rewrite":  # the template has changed, and what the engine has is the original
             raise _outage()
         if verdict.outcome == "block":
