@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError, ValidationInfo, create_model, field_validator
@@ -214,6 +214,8 @@ class _PlainSettings(BaseSettings):
         `null` and an empty variable are no value.
         """
         default = _fields()[str(info.field_name)].default
+        if value is False and "off" in get_args(_fields()[str(info.field_name)].type):
+            return "off"  # as YAML reads that word
         if isinstance(default, tuple):
             parts = value.split(",") if isinstance(value, str) else value
             if isinstance(parts, list) and all(isinstance(part, str) for part in parts):

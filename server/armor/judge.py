@@ -74,9 +74,9 @@ def judge(
 
 
 def filters_of(result: Any | None) -> frozenset[str]:
-    """Names of the filters that ran for a reply."""
+    """Names of the filters that a reply has, skipped or not."""
     entries = [] if result is None else [_read(entry) for entry in result._pb.filter_results.values()]
-    return frozenset(entry.name for entry in entries if entry.name and entry.state in ("clean", "matched"))
+    return frozenset(entry.name for entry in entries if entry.name)
 
 
 def _why_unchecked(

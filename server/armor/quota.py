@@ -23,12 +23,11 @@ class Quota:
         self._left = self._capacity
         self._seen_s = clock()
 
-    def take(self, stage: Stage, num_calls: int = 1) -> bool:
-        """Whether the calls may be made; then they are counted. Answers leave a reserve to prompts."""
-        keep = self._reserve if stage == "response" else 0.0
-        if self.available() - num_calls < keep:
+    def take(self, stage: Stage) -> bool:
+        """Whether a call may be made; then it is counted. Answers leave a reserve to prompts."""
+        if self.available() - 1 < (self._reserve if stage == "response" else 0.0):
             return False
-        self._left -= num_calls
+        self._left -= 1
         return True
 
     def refused(self) -> None:

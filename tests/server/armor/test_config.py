@@ -1,5 +1,6 @@
 """Options of Model Armor hold together before anything is asked."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,12 @@ def test_flags_variables_and_arguments_reach_it(monkeypatch: pytest.MonkeyPatch)
     )
     assert load_arguments(as_arguments(settings)) == settings
     assert "--armor-policy-file" in option_help()
+
+
+def test_the_mode_off_of_a_file_is_no_switch(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("armor_mode: off\n")
+    assert load_settings(["--config", str(file)]).armor.armor_mode == "off"
 
 
 def test_the_clients_own_log_of_payloads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
