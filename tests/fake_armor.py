@@ -143,9 +143,7 @@ class World:
 
 
 @asynccontextmanager
-async def checking(
-    fake: FakeArmor | None = None, *, starts: bool = True, **options: Any
-) -> AsyncIterator[World]:
+async def checking(fake: FakeArmor | None = None, **options: Any) -> AsyncIterator[World]:
     """A checker, started, beside a fake that serves."""
     fake = fake or FakeArmor()
     async with serving(fake) as port:

@@ -120,18 +120,20 @@ class Connections:
         def channel(host: str, *, options: Any = (), **rest: Any) -> Any:
             return Transport.create_channel(host, options=[*options, *CHANNEL_OPTIONS], **rest)
 
-        if (
-            self._config.armor_insecure
-        ):  # the config holds it to loopback; a channel as such has no credentials
-            transport = Transport(channel=grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS))
-        else:
-            transport = Transport(host=endpoint, credentials=await self._own_credentials(), channel=channel)
-        return self._armor.ModelArmorAsyncClient(transport=transport)
+        if self._config.armor_insecure:  # only to loopback, says the config; it has no credentials
+            direct = ("grpc.enable_http_proxy", 0)  # or a proxy of the environment would read along
+            plain = grpc.aio.insecure_channel(endpoint, options=[*CHANNEL_OPTIONS, direct])
+            return self._armor.ModelArmorAsyncClient(transport=Transport(channel=plain))
+        return self._armor.ModelArmorAsyncClient(
+            credentials=await self._own_credentials(),
+            client_options={"api_endpoint": endpoint},
+            transport=lambda **given: Transport(channel=channel, **given),
+        )
 
     async def _own_credentials(self) -> Any:
         """Application Default Credentials; finding them asks the metadata server, and blocks."""
         import google.auth
 
         if self._credentials is None:
-            self._credentials, _ = await asyncio.to_thread(google.auth.default, scopes=SCOPES)
+            self._credentials, _ = await asyncio.to_thread(google.auth.default, default_scopes=SCOPES)
         return self._credentials

@@ -10,12 +10,14 @@ import grpc
 import pytest
 from armor_replies import entry, unknown_entry, usual
 from fake_armor import MALFORMED, TEMPLATE, FakeArmor, checking, config_for, serving, template
+from google.auth.credentials import AnonymousCredentials
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cabochon.engine.errors import ConfigError
 from cabochon.server.armor import breaker
 from cabochon.server.armor.client import MAX_CHARS, OVERLAP_CHARS, ArmorChecker, split
 from cabochon.server.armor.config import ArmorConfig
+from cabochon.server.armor.connections import Connections
 from cabochon.server.armor.guard_metrics import GuardMetrics
 from cabochon.server.armor.policies import Policies
 from cabochon.server.armor.verdicts import Policy, Verdict
@@ -50,6 +52,18 @@ def test_a_prompt_and_an_answer_are_asked_about_with_their_own_methods() -> None
             assert world.metric("checks_total", stage="prompt", outcome="pass") == 1
             assert world.metric("check_seconds_count", stage="response") == 1
             assert world.metric("scanned_chars_total", stage="response") == 8
+
+    asyncio.run(scenario())
+
+
+def test_plain_text_takes_no_way_round_by_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody is
+
+    async def scenario() -> None:
+        async with checking() as world:
+            assert await world.checker.check(world.config.default_policy, "prompt", "hello") == PASS
 
     asyncio.run(scenario())
 
@@ -347,6 +361,24 @@ def test_without_credentials_there_is_a_problem_that_names_the_role(monkeypatch:
             assert "roles/modelarmor.user" in problem
         finally:
             await checker.close()
+
+    asyncio.run(scenario())
+
+
+def test_without_the_insecure_option_it_speaks_tls_to_the_location(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so never to a plain-text port, with credentials or without."""
+    monkeypatch.setattr("google.auth.default", lambda **_: (AnonymousCredentials(), "p"))
+
+    async def scenario() -> None:
+        async with checking(armor_insecure=False) as world:
+            verdict = await world.checker.check(world.config.default_policy, "prompt", "x")
+            assert verdict == unchecked("unavailable")
+            assert (world.fake.texts, world.fake.num_probes) == ([], 0)
+        connections = Connections(ArmorConfig(armor_prompt_template=TEMPLATE))
+        client = await connections._client(connections.endpoint(TEMPLATE))
+        assert client.transport.host == "modelarmor.europe-west4.rep.googleapis.com:443"
+        assert client.transport.kind == "grpc_asyncio"
+        await connections.close()
 
     asyncio.run(scenario())
 
