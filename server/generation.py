@@ -47,15 +47,20 @@ Guard = Callable[[Choice, AsyncGenerator[Delta, None]], AsyncGenerator[Delta, No
 
 
 async def run_choices(
-    engine: Engine, choices: Sequence[Choice], metrics: Metrics, guard: Guard | None = None
+    engine: Engine,
+    choices: Sequence[Choice],
+    metrics: Metrics,
+    guard: Guard | None = None,
+    started: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Delta, None]:
     """Deltas of all choices as they come. Closing it, or an error of one, aborts them all.
 
     guard: makes of a choice's own deltas those that may be shown; by closing them it ends that choice alone.
+    started: called with every output of the engine, which a guard may hold back.
     """
 
     def run(choice: Choice) -> AsyncGenerator[Delta, None]:
-        deltas = _run(engine, choice, metrics)
+        deltas = _run(engine, choice, metrics, started)
         return deltas if guard is None else _guarded(choice, guard(choice, deltas))
 
     if len(choices) == 1:
@@ -100,11 +105,14 @@ async def _guarded(choice: Choice, shown: AsyncGenerator[Delta, None]) -> AsyncG
             yield delta
 
 
-async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerator[Delta, None]:
+async def _run(
+    engine: Engine, choice: Choice, metrics: Metrics, started: Callable[[], None]
+) -> AsyncGenerator[Delta, None]:
     request = choice.request
     is_finished = is_counted = False
     try:
         async for output in engine.submit(request):
+            started()
             now = time.monotonic()
             metrics.observe_output(output, request, choice.last_token_s, now)
             choice.last_token_s, choice.last = now, output

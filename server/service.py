@@ -168,9 +168,9 @@ class Service:
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
         with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
             try:
-                async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
+                shown = run_choices(self.engine, job.choices, self.metrics, started=started)
+                async with aclosing(shown) as deltas:
                     async for delta in deltas:
-                        started()
                         cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
                         usage.cached_tokens = sum(cached.values())
                         usage.completion_tokens += delta.num_tokens

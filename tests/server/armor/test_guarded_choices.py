@@ -111,6 +111,29 @@ def test_an_outage_ends_all_of_them(count: int) -> None:
     assert run.ends() == {"abort": count}
 
 
+def test_the_engine_has_started_before_a_guard_lets_anything_go() -> None:
+    calls: list[str] = []
+
+    async def approve(context: str, text: str) -> str:
+        calls.append("approve")
+        return text
+
+    async def collect() -> None:
+        engine = FakeEngine()
+        deltas = run_choices(
+            engine,
+            [choice(0, HELLO)],
+            Metrics(engine, "fake"),
+            guard(approve),
+            lambda: calls.append("started"),
+        )
+        assert len([delta async for delta in deltas]) > 1
+
+    asyncio.run(collect())
+    assert calls[0] == "started"
+    assert calls.count("started") == 40
+
+
 @pytest.mark.parametrize("tokens_per_step", [1, 3])
 @pytest.mark.parametrize("mode", ["window", "strict", "optimistic"])
 def test_tokens_of_a_stop_string_leave_no_log_probabilities(mode: Mode, tokens_per_step: int) -> None:
