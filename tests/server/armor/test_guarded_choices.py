@@ -122,7 +122,7 @@ def test_the_engine_has_started_before_a_guard_lets_anything_go() -> None:
         engine = FakeEngine()
         deltas = run_choices(
             engine,
-            [choice(0, HELLO)],
+            [choice(0, HELLO, WORLD)],
             Metrics(engine, "fake"),
             guard(approve),
             lambda: calls.append("started"),
