@@ -104,6 +104,13 @@ class Service:
             )
         return name or self.names[0]
 
+    async def close(self) -> None:
+        """End what runs beside the engine."""
+        if self.gate is not None:
+            await self.gate.close()
+        if self.tracing is not None:
+            await self.tracing.close()
+
     def scrape(self) -> tuple[int, bytes]:
         """Status and text of /metrics. A dead engine has none: its last gauges would look idle."""
         if self.engine.dead_reason() is not None:
@@ -229,9 +236,9 @@ class Service:
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
         with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
             try:
-                async with aclosing(run_choices(self.engine, job.choices, self.metrics, wrap)) as deltas:
+                shown = run_choices(self.engine, job.choices, self.metrics, wrap, started)
+                async with aclosing(shown) as deltas:
                     async for delta in deltas:
-                        started()
                         cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
                         usage.cached_tokens = sum(cached.values())
                         usage.completion_tokens += delta.num_tokens

@@ -6,10 +6,9 @@ choices, which could not share its pages before the verdict.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from cabochon.server.armor.config import ArmorConfig
@@ -24,11 +23,8 @@ from cabochon.server.generation import Choice, Delta
 if TYPE_CHECKING:
     from cabochon.server.spans import Trace
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 B = TypeVar("B")
-QUIET_S = 10.0  # between two lines in the log
 RETRY_AFTER_S = 5  # the breaker's pause
 JOINT = "\n\n"  # between the texts of a body that are checked in one call
 
@@ -44,13 +40,12 @@ class Gate:
         metrics: GuardMetrics,
         predicted_wait_s: Callable[[], float],
     ) -> None:
-        """policy_of: from an Authorization header. predicted_wait_s: of the engine's queue."""
+        """policy_of: from an Authorization header. predicted_wait_s: of the engine's queue, in seconds."""
         self.checker = checker
         self.metrics = metrics
         self.config = config
         self._policy_of = policy_of
         self._predicted_wait_s = predicted_wait_s
-        self._quiet_until_s = 0.0
         self._passed = VerdictCache(config.armor_cache_s)  # texts of prompts, each by itself
         self.windows = Windows(
             first_chars=config.armor_first_window_chars,
@@ -58,7 +53,16 @@ class Gate:
             hold_back_chars=config.armor_hold_back_chars,
             context_chars=config.armor_context_chars,
             max_hold_s=config.armor_max_hold_s,
+            pressure=checker.pressure,
         )
+
+    def problem(self) -> str | None:
+        """Why the server is not ready. None: it may be."""
+        return self.checker.problem()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        await self.checker.close()
 
     def open(self, authorization: str | None, trace: "Trace | None") -> "RequestGuard":
         """The guard of a request with that Authorization header."""
@@ -79,17 +83,6 @@ class Gate:
 
     def _key(self, policy: Policy, text: str) -> bytes:
         return self._passed.key(str(policy.prompt_template), policy.optional_filters, text)
-
-    async def verdict(self, policy: Policy, stage: Stage, text: str, context: str = "") -> Verdict:
-        """Asked, and counted."""
-        started_s = time.monotonic()
-        verdict = await self.checker.check(policy, stage, text, context=context)
-        self.metrics.checked(stage, policy, verdict, len(text), time.monotonic() - started_s)
-        if verdict.outcome == "unchecked" and started_s >= self._quiet_until_s:
-            self._quiet_until_s = started_s + QUIET_S  # an outage is one line, its extent is in the metrics
-            passes = "passes" if policy.on_unchecked == "open" else "is refused"
-            logger.warning("unchecked text %s stage=%s reason=%s", passes, stage, verdict.reason)
-        return verdict
 
 
 class RequestGuard:
@@ -160,7 +153,7 @@ class RequestGuard:
             ready_s = time.monotonic()
             await check
             on_pass()
-            self._gate.metrics.added_to_ttft(time.monotonic() - ready_s if task.done() else 0.0)
+            self._gate.metrics.delayed(time.monotonic() - ready_s if task.done() else 0.0)
             return await task
         finally:
             for each in (task, check):
@@ -188,12 +181,30 @@ class RequestGuard:
         except Blocked as error:
             raise self._blocked(error.filters) from None
 
-    def wrap(self, choice: Choice, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    def wrap(self, _choice: Choice, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
         """The deltas of a choice as they may be shown."""
         if self._mode == "off":
             return deltas
+        return self._wrapped(deltas)
+
+    async def _wrapped(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+        num_windows = 0
+
+        async def approve(context: str, text: str) -> str:
+            nonlocal num_windows
+            num_windows += 1
+            return await self._approve(context, text)
+
         gate = self._gate
-        return guarded(deltas, self._approve, mode=self._mode, windows=gate.windows, observe=gate.metrics)
+        shown = guarded(
+            deltas, approve, mode=self._mode, windows=gate.windows, observe=gate.metrics.held
+        )
+        try:
+            async with aclosing(shown):
+                async for delta in shown:
+                    yield delta
+        finally:
+            gate.metrics.answered(num_windows)
 
     async def _timed(self, work: Awaitable[T]) -> T:
         started_s = time.monotonic()
@@ -208,7 +219,7 @@ class RequestGuard:
         """All new texts in one call: calls are what is scarce. Raises ApiError unless they pass."""
         if not (unknown := self._gate.unknown(self._policy, texts)):
             return
-        verdict = await self._gate.verdict(self._policy, "prompt", JOINT.join(unknown))
+        verdict = await self._gate.checker.check(self._policy, "prompt", JOINT.join(unknown))
         if verdict.outcome == "pass":
             self._gate.remember(self._policy, unknown, verdict)
         if verdict.outcome == "rewrite":  # the template has changed, and what the engine has is the original
@@ -216,7 +227,7 @@ class RequestGuard:
         if verdict.outcome == "block":
             raise self._blocked(verdict.filters)
         if verdict.outcome == "unchecked":
-            self._let_pass()
+            self._let_pass("prompt")
             self._prompt = "unchecked"
 
     async def _rewritten(self, texts: Sequence[str]) -> list[str]:
@@ -226,29 +237,35 @@ class RequestGuard:
     async def _rewritten_text(self, text: str) -> str:
         if not text.strip():
             return text
-        verdict = await self._gate.verdict(self._policy, "prompt", text)
+        verdict = await self._gate.checker.check(self._policy, "prompt", text)
         if verdict.outcome == "unchecked":
             self._prompt = "unchecked"
         try:
-            return self._shown(verdict, text)
+            return self._shown("prompt", verdict, text)
         except Blocked as error:
             raise self._blocked(error.filters) from None
 
     async def _approve(self, context: str, text: str) -> str:
         """For the response guard. Raises Blocked, or ApiError."""
-        return self._shown(await self._gate.verdict(self._policy, "response", text, context), text)
+        checker = self._gate.checker
+        verdict = await checker.check(self._policy, "response", text, context=context)
+        return self._shown("response", verdict, text)
 
-    def _shown(self, verdict: Verdict, text: str) -> str:
+    def _shown(self, stage: Stage, verdict: Verdict, text: str) -> str:
         if verdict.outcome == "block":
             raise Blocked(verdict.filters)
         if verdict.outcome == "unchecked":
-            self._let_pass()
-        return text if verdict.rewritten is None else verdict.rewritten
+            self._let_pass(stage)
+        if verdict.rewritten is None:
+            return text
+        self._gate.metrics.rewrote(stage)
+        return verdict.rewritten
 
-    def _let_pass(self) -> None:
+    def _let_pass(self, stage: Stage) -> None:
         """Raises ApiError, unless the policy is to go on without a check."""
         if self._policy.on_unchecked == "closed":
             raise _outage()
+        self._gate.metrics.failed_open(stage)
 
     def _blocked(self, filters: Sequence[str]) -> ApiError:
         families = sorted({name.partition(":")[0] for name in filters}) if self._policy.reveal else []

@@ -63,6 +63,15 @@ class VerdictCache:
         self._kept.move_to_end(key)
         return kept[1]
 
+    def keep(self, key: bytes, verdict: Verdict) -> None:
+        """From now on, unless nobody could tell."""
+        if verdict.outcome == "unchecked" or self._keep_s == 0:
+            return
+        self._kept[key] = (self._clock() + self._keep_s, verdict)
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._max_entries:
+            self._kept.popitem(last=False)
+
     async def find_or_ask(self, key: bytes, ask: Callable[[], Awaitable[Verdict]]) -> Verdict:
         """What was kept, or what `ask` says, run once for all who wait; with the last of them it ends."""
         if (kept := self.find(key)) is not None:
@@ -82,9 +91,5 @@ class VerdictCache:
 
     async def _ask(self, key: bytes, ask: Callable[[], Awaitable[Verdict]]) -> Verdict:
         verdict = await ask()
-        if verdict.outcome != "unchecked" and self._keep_s > 0:
-            self._kept[key] = (self._clock() + self._keep_s, verdict)
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._max_entries:
-                self._kept.popitem(last=False)
+        self.keep(key, verdict)
         return verdict
