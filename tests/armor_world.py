@@ -31,8 +31,12 @@ async def running_emulator(**options: Any) -> AsyncIterator[Emulator]:
 @asynccontextmanager
 async def connected(address: str) -> AsyncIterator[armor.ModelArmorAsyncClient]:
     """Google's client, without TLS and credentials; it connects again after 20 ms, not 1 s."""
-    backoff = [("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 100)]
-    async with grpc.aio.insecure_channel(address, options=backoff) as channel:
+    options = [
+        ("grpc.initial_reconnect_backoff_ms", 20),
+        ("grpc.max_reconnect_backoff_ms", 100),
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, whoever else goes there
+    ]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
         yield armor.ModelArmorAsyncClient(transport=ModelArmorGrpcAsyncIOTransport(channel=channel))
 
 

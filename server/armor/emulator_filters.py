@@ -36,29 +36,55 @@ HIGH = armor.DetectionConfidenceLevel.HIGH
 _UNKNOWN_FIELD = b"\x7a\x00"  # field 15, an empty message: a filter of a later version
 
 
+def raw(kind: Any) -> Any:
+    """The protobuf class below one of proto-plus, whose objects take several times as long to make."""
+    return type(kind.pb(kind()))
+
+
+FilterResult, SanitizationResult = raw(armor.FilterResult), raw(armor.SanitizationResult)
+SanitizationMetadata = raw(armor.SanitizationResult.SanitizationMetadata)
+FilterVersionConfig, MessageItem, RangeInfo = map(
+    raw, (armor.FilterVersionConfig, armor.MessageItem, armor.RangeInfo)
+)
+CsamFilterResult, PiAndJailbreakFilterResult = (
+    raw(armor.CsamFilterResult),
+    raw(armor.PiAndJailbreakFilterResult),
+)
+RaiFilterResult, RaiFilterTypeResult = (
+    raw(armor.RaiFilterResult),
+    raw(armor.RaiFilterResult.RaiFilterTypeResult),
+)
+MaliciousUriFilterResult = raw(armor.MaliciousUriFilterResult)
+MaliciousUriMatchedItem = raw(armor.MaliciousUriFilterResult.MaliciousUriMatchedItem)
+SdpFilterResult, SdpInspectResult = raw(armor.SdpFilterResult), raw(armor.SdpInspectResult)
+SdpDeidentifyResult, SdpFinding = raw(armor.SdpDeidentifyResult), raw(armor.SdpFinding)
+SdpFindingLocation = raw(armor.SdpFinding.SdpFindingLocation)
+
+
 def sanitize(
     text: str, template: TemplateSpec, fault: Fault | None = None, *, is_stream: bool = False
-) -> armor.SanitizationResult:
-    """The verdict of `template` on `text`, spoiled by a fault of emulator_faults.CONTENT.
+) -> Any:
+    """The verdict of `template` on `text`, a SanitizationResult of protobuf, spoiled by a fault of CONTENT.
 
     is_stream: a chunk of a streaming call, where nothing is de-identified.
     """
     if fault is not None and fault.kind == "empty":
-        return armor.SanitizationResult()
+        return SanitizationResult()
     judge = _Judge(text, _not_run(template, fault))
     for name in sorted(template.filters):
         judge.run(name, has_deidentify=template.has_deidentify and not is_stream)
-    result = armor.SanitizationResult(
+    result = SanitizationResult(
         filter_match_state=MATCH if judge.has_match else NO_MATCH,
         invocation_result=judge.invocation_result(),
-        filter_results=judge.results,
-        sanitization_metadata=armor.SanitizationResult.SanitizationMetadata(
+        sanitization_metadata=SanitizationMetadata(
             ignore_partial_invocation_failures=template.ignores_partial,
-            filter_version_config=armor.FilterVersionConfig(
+            filter_version_config=FilterVersionConfig(
                 filter_version=FILTER_VERSION, filter_version_alias=STABLE
             ),
         ),
     )
+    for name, one in judge.results.items():
+        result.filter_results[name].CopyFrom(one)
     if fault is not None:
         _spoil(result, fault, template)
     return result
@@ -71,7 +97,7 @@ class _Judge:
         self.text = text
         self.num_tokens = count_tokens(text)
         self.not_run = not_run
-        self.results: dict[str, armor.FilterResult] = {}
+        self.results: dict[str, Any] = {}
         self.has_match = False
         self.num_skipped = 0
 
@@ -102,19 +128,19 @@ class _Judge:
         messages = []
         if is_skipped:
             why = "The filter did not run." if name in self.not_run else "The token limit is exceeded."
-            messages.append(armor.MessageItem(message=why))
+            messages.append(MessageItem(message=why))
         return {
             "match_state": MATCH if is_match else NO_MATCH,
             "execution_state": SKIPPED if is_skipped else EXECUTED,
             "message_items": messages,
         }
 
-    def _rai(self) -> armor.FilterResult:
+    def _rai(self) -> Any:
         found = find_rai(self.text)
         state = self._state("rai", bool(found), TOKEN_LIMIT)
         is_skipped = state["execution_state"] == SKIPPED
         kinds = {
-            kind: armor.RaiFilterResult.RaiFilterTypeResult(
+            kind: RaiFilterTypeResult(
                 filter_type=number,
                 match_state=MATCH if kind in found else NO_MATCH,
                 confidence_level=HIGH if kind in found else 0,
@@ -122,63 +148,61 @@ class _Judge:
             for kind, number in RAI_TYPES.items()
             if not is_skipped
         }
-        result = armor.RaiFilterResult(**state, rai_filter_type_results=kinds)
-        return armor.FilterResult(rai_filter_result=result)
+        result = RaiFilterResult(**state, rai_filter_type_results=kinds)
+        return FilterResult(rai_filter_result=result)
 
-    def _csam(self) -> armor.FilterResult:
-        result = armor.CsamFilterResult(**self._state("csam", has_csam(self.text), TOKEN_LIMIT))
-        return armor.FilterResult(csam_filter_filter_result=result)  # "filter" twice: that is its name
+    def _csam(self) -> Any:
+        result = CsamFilterResult(**self._state("csam", has_csam(self.text), TOKEN_LIMIT))
+        return FilterResult(csam_filter_filter_result=result)  # "filter" twice: that is its name
 
-    def _malicious_uris(self) -> armor.FilterResult:
+    def _malicious_uris(self) -> Any:
         found = find_malicious_urls(self.text)
         state = self._state("malicious_uris", bool(found))
         is_match = state["match_state"] == MATCH
         items = [
-            armor.MaliciousUriFilterResult.MaliciousUriMatchedItem(
-                uri=one.kind, locations=[armor.RangeInfo(start=one.start, end=one.end)]
-            )
+            MaliciousUriMatchedItem(uri=one.kind, locations=[RangeInfo(start=one.start, end=one.end)])
             for one in found
             if is_match
         ]
-        result = armor.MaliciousUriFilterResult(**state, malicious_uri_matched_items=items)
-        return armor.FilterResult(malicious_uri_filter_result=result)
+        result = MaliciousUriFilterResult(**state, malicious_uri_matched_items=items)
+        return FilterResult(malicious_uri_filter_result=result)
 
-    def _injection(self) -> armor.FilterResult:
+    def _injection(self) -> Any:
         state = self._state("pi_and_jailbreak", has_injection(self.text), TOKEN_LIMIT)
         confidence = HIGH if state["match_state"] == MATCH else 0
-        result = armor.PiAndJailbreakFilterResult(**state, confidence_level=confidence)
-        return armor.FilterResult(pi_and_jailbreak_filter_result=result)
+        result = PiAndJailbreakFilterResult(**state, confidence_level=confidence)
+        return FilterResult(pi_and_jailbreak_filter_result=result)
 
-    def _inspect(self) -> armor.FilterResult:
+    def _inspect(self) -> Any:
         found = find_personal_data(self.text)
         state = self._state("sdp", bool(found), SDP_TOKEN_LIMIT)
         findings = _findings(self.text, found) if state["match_state"] == MATCH else []
-        result = armor.SdpInspectResult(**state, findings=findings)
-        return armor.FilterResult(sdp_filter_result=armor.SdpFilterResult(inspect_result=result))
+        result = SdpInspectResult(**state, findings=findings)
+        return FilterResult(sdp_filter_result=SdpFilterResult(inspect_result=result))
 
-    def _deidentify(self) -> armor.FilterResult:
+    def _deidentify(self) -> Any:
         found = find_personal_data(self.text)
         state = self._state("sdp", bool(found), SDP_TOKEN_LIMIT)
-        result = armor.SdpDeidentifyResult(**state)
+        result = SdpDeidentifyResult(**state)
         if state["execution_state"] == EXECUTED:
-            result.data = armor.DataItem(text=deidentify(self.text, found))
+            result.data.text = deidentify(self.text, found)
             result.transformed_bytes = sum(_num_bytes(self.text[one.start : one.end]) for one in found)
-            result.info_types = sorted({one.kind for one in found})
-        return armor.FilterResult(sdp_filter_result=armor.SdpFilterResult(deidentify_result=result))
+            result.info_types.extend(sorted({one.kind for one in found}))
+        return FilterResult(sdp_filter_result=SdpFilterResult(deidentify_result=result))
 
 
-def _findings(text: str, found: list[Finding]) -> list[armor.SdpFinding]:
+def _findings(text: str, found: list[Finding]) -> list[Any]:
     rows = []
     at, at_bytes = 0, 0
     for one in found:
         start_bytes = at_bytes + _num_bytes(text[at : one.start])
         at, at_bytes = one.end, start_bytes + _num_bytes(text[one.start : one.end])
-        where = armor.SdpFinding.SdpFindingLocation(
-            byte_range=armor.RangeInfo(start=start_bytes, end=at_bytes),
-            codepoint_range=armor.RangeInfo(start=one.start, end=one.end),
+        where = SdpFindingLocation(
+            byte_range=RangeInfo(start=start_bytes, end=at_bytes),
+            codepoint_range=RangeInfo(start=one.start, end=one.end),
         )
         likely = armor.SdpFindingLikelihood.VERY_LIKELY
-        rows.append(armor.SdpFinding(info_type=one.kind, likelihood=likely, location=where))
+        rows.append(SdpFinding(info_type=one.kind, likelihood=likely, location=where))
     return rows
 
 
@@ -197,17 +221,16 @@ def _subject(template: TemplateSpec, fault: Fault) -> str:
     return fault.filter if fault.filter in template.filters else ALWAYS
 
 
-def _spoil(result: armor.SanitizationResult, fault: Fault, template: TemplateSpec) -> None:
+def _spoil(result: Any, fault: Fault, template: TemplateSpec) -> None:
     name = _subject(template, fault)
     if fault.kind == "missing":
         del result.filter_results[name]
     elif fault.kind == "unknown_filter":
-        result.filter_results[UNKNOWN_FILTER] = armor.FilterResult.deserialize(_UNKNOWN_FIELD)
+        result.filter_results[UNKNOWN_FILTER].MergeFromString(_UNKNOWN_FIELD)
     elif fault.kind == "unknown_enum":
         if result.filter_match_state == NO_MATCH:
-            armor.SanitizationResult.pb(result).filter_match_state = UNKNOWN_ENUM
-        inner = _inner(armor.SanitizationResult.pb(result).filter_results[name])
-        inner.match_state = UNKNOWN_ENUM
+            result.filter_match_state = UNKNOWN_ENUM
+        _inner(result.filter_results[name]).match_state = UNKNOWN_ENUM
 
 
 def _inner(message: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The emulator through Google's own client: every filter, templates, limits, streams, what it keeps of a call."""
+"""The emulator through Google's own client: every filter, templates, limits, streams, what it keeps."""
 
 import asyncio
 import logging
@@ -176,13 +176,7 @@ def test_a_template_that_lacks_filters_says_so() -> None:
         return await client.get_template(name=f"{LOCATION}/templates/t")
 
     config = with_client(work, templates=["*:csam"]).filter_config
-    fields = (
-        "rai_settings",
-        "sdp_settings",
-        "pi_and_jailbreak_filter_settings",
-        "malicious_uri_filter_settings",
-    )
-    assert [name for name in fields if name in config] == []
+    assert config == armor.FilterConfig()
 
 
 def test_templates_of_a_location_come_in_pages() -> None:
@@ -328,7 +322,7 @@ def test_calls_are_counted_and_kept_without_their_texts(caplog: pytest.LogCaptur
     assert (last.method, last.template, last.num_chars, last.result) == (
         "SanitizeModelResponse", RESPONSE_TEMPLATE, 13, "ok",
     )  # fmt: skip
-    assert last.seconds is not None and 0.05 <= last.seconds < 5
+    assert last.seconds == pytest.approx(1, abs=0.95)  # at least the latency
     assert [call.result for call in emulator.calls[6:]] == ["invalid_argument", "ok"]
     assert "canary" not in f"{emulator.calls} {emulator.state()} {caplog.text}"
     emulator.forget_calls()
