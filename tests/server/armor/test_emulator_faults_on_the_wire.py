@@ -41,6 +41,20 @@ async def ask(client: Client, text: str = "a prompt", timeout: float = 5) -> arm
     return await client.sanitize_user_prompt(request, retry=None, timeout=timeout)
 
 
+async def begin(emulator: Emulator, client: Client, text: str) -> asyncio.Task[Any]:
+    """A call that has arrived and is not answered yet."""
+    num_before = emulator.num_in_flight
+    task = asyncio.create_task(ask(client, text))
+    await until(lambda: emulator.num_in_flight > num_before)
+    return task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
 async def ask_until_answered(client: Client) -> None:
     """After a connection was lost: the first calls may still fail."""
     async with asyncio.timeout(10):
@@ -150,9 +164,7 @@ def test_a_call_that_hangs_ends_with_the_clients_deadline() -> None:
     async def work(emulator: Emulator, client: Client) -> None:
         with pytest.raises(exceptions.DeadlineExceeded):
             await ask(client, timeout=0.05)
-        async with asyncio.timeout(10):
-            while emulator.num_in_flight:
-                await asyncio.sleep(0.005)
+        await until(lambda: emulator.num_in_flight == 0)
         assert (emulator.calls[0].result, emulator.calls[0].fault) == ("cancelled", "hang")
         await ask(client)
 
@@ -174,8 +186,7 @@ def test_a_call_whose_connection_ends_is_unavailable_and_the_next_connects_again
 def test_a_reset_spares_other_connections() -> None:
     async def work(emulator: Emulator, client: Client) -> None:
         async with connected(emulator.address) as other:
-            waiting = asyncio.create_task(ask(other, "slowly"))
-            await asyncio.sleep(0.05)
+            waiting = await begin(emulator, other, "slowly")
             with pytest.raises(exceptions.ServiceUnavailable):
                 await ask(client)
             assert (await waiting).sanitization_result.invocation_result == SUCCESS
@@ -185,8 +196,7 @@ def test_a_reset_spares_other_connections() -> None:
 
 def test_a_draining_service_still_answers_and_takes_new_calls_elsewhere() -> None:
     async def work(emulator: Emulator, client: Client) -> None:
-        slow = asyncio.create_task(ask(client, "slowly"))
-        await asyncio.sleep(0.05)
+        slow = await begin(emulator, client, "slowly")
         reply = await ask(client, "drain")
         assert reply.sanitization_result.filter_match_state == NO_MATCH
         await ask(client)  # on a new connection
@@ -261,8 +271,7 @@ def test_a_service_that_refuses_comes_back_on_its_port() -> None:
     async def work(emulator: Emulator, client: Client) -> None:
         address = emulator.address
         await ask(client)
-        waiting = asyncio.create_task(ask(client, "hang"))
-        await asyncio.sleep(0.05)
+        waiting = await begin(emulator, client, "hang")
         for _ in range(2):
             await emulator.refuse()
             assert not emulator.is_listening
@@ -281,8 +290,7 @@ def test_a_service_that_refuses_comes_back_on_its_port() -> None:
 def test_a_service_that_is_stopped_starts_again_on_its_port_and_cuts_what_takes_too_long() -> None:
     async def work(emulator: Emulator, client: Client) -> None:
         address = emulator.address
-        quick, hanging = (asyncio.create_task(ask(client, text)) for text in ("slowly", "hang"))
-        await asyncio.sleep(0.05)
+        quick, hanging = [await begin(emulator, client, text) for text in ("slowly", "hang")]
         await emulator.stop(grace_s=0.6)
         assert (await quick).sanitization_result.invocation_result == SUCCESS
         with pytest.raises(exceptions.ServiceUnavailable):
