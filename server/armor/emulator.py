@@ -39,6 +39,7 @@ DRAIN_S = 60.0  # that calls in flight have after the fault `drain`
 NOTICE_S = 0.02  # that a GOAWAY goes before the answer to a call in flight
 MALFORMED = b"\xff\xff\xff"
 _PLAIN = (armor.ByteDataItem.ByteItemType.PLAINTEXT_UTF8, armor.ByteDataItem.ByteItemType.TXT)
+_METHODS: dict[Stage, str] = {"prompt": "SanitizeUserPrompt", "response": "SanitizeModelResponse"}
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 # Of protobuf, all of them: proto-plus costs time that a benchmark would count as ours
@@ -79,7 +80,7 @@ class Emulator:
         """
         self.catalog = Catalog(templates)
         self.on_text = on_text
-        self.last_metadata: dict[str, str | bytes] = {}
+        self.last_metadata: dict[str, str | bytes] = {}  # of the call that began last
         self._random = Random(seed)
         self._front = Front(host, port)
         self._servers: list[grpc.aio.Server] = []  # the last one takes new connections
@@ -117,14 +118,15 @@ class Emulator:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take no more connections, and cut calls that are open after grace_s. Start again as you like."""
-        await self._front.stop_listening()
-        await self._end_servers(self._servers, grace_s)
+        self._front.stop_listening()
+        while self._servers:  # a fault may be adding one
+            await self._end_servers(self._servers, grace_s)
         await asyncio.gather(*self._tasks)
         await self._front.close()
 
     async def refuse(self) -> None:
         """Reset all connections and refuse others, as if the process were gone."""
-        await self._front.refuse()
+        self._front.refuse()
 
     async def listen(self) -> None:
         """Take connections again."""
@@ -184,52 +186,39 @@ class Emulator:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def _sanitize_unary(self, request: Any, context: Any) -> bytes:
-        self.last_metadata = dict(context.invocation_metadata())
-        text = _text(request)
-        return await self._check(request, request.name, text, text, context, is_stream=False)
+        return await self._check(request, request.name, None, context)
 
     async def _sanitize_stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:
         """REALTIME judges each chunk by itself, BUFFERED (and no mode) with all before it."""
-        self.last_metadata = dict(context.invocation_metadata())
         name, mode, before = "", armor.StreamingMode.STREAMING_MODE_UNSPECIFIED, ""
         async for request in requests:
             name, mode = request.name or name, request.streaming_mode or mode  # the first one's hold
-            chunk = _text(request)
-            before = "" if mode == armor.StreamingMode.STREAMING_MODE_REALTIME else before
-            before += chunk or ""
-            yield await self._check(request, name, before, chunk, context, is_stream=True)
+            yield await self._check(request, name, before, context)
+            if mode != armor.StreamingMode.STREAMING_MODE_REALTIME:
+                before += _text(request) or ""
 
-    async def _check(
-        self,
-        request: Any,
-        name: str,
-        text: str | None,
-        chunk: str | None,
-        context: Any,
-        *,
-        is_stream: bool,
-    ) -> bytes:
-        """text: what is judged. chunk: what has come with the request; None: no text."""
-        is_prompt = isinstance(request, PromptRequest)
+    async def _check(self, request: Any, name: str, before: str | None, context: Any) -> bytes:
+        """before: the text that is judged with the request's; None: it is no chunk of a stream."""
+        is_prompt, is_stream, text = isinstance(request, PromptRequest), before is not None, _text(request)
         stage: Stage = "prompt" if is_prompt else "response"
-        method = "SanitizeUserPrompt" if is_prompt else "SanitizeModelResponse"
-        with self._logged(f"Stream{method}" if is_stream else method, name, len(chunk or "")) as call:
-            if text is None or chunk is None:
+        method = ("Stream" if is_stream else "") + _METHODS[stage]
+        with self._logged(method, name, len(text or ""), context) as call:
+            if text is None:
                 await _abort(context, call, _INVALID, "data must be text: the emulator reads no documents")
             if self.on_text is not None:
-                self.on_text(stage, chunk)
-            fault = await self._struck(call, stage, chunk, context)
+                self.on_text(stage, text)
+            fault = await self._struck(call, stage, text, context)
             if fault is not None and fault.kind == "malformed":
                 return MALFORMED
             template = await self._find(name, context, call)
-            result = sanitize(text, template, fault, is_stream=is_stream)
+            result = sanitize((before or "") + text, template, fault, is_stream=is_stream)
             if is_stream:
-                result.sanitization_metadata.stream_chunk_processed.text = chunk
+                result.sanitization_metadata.stream_chunk_processed.text = text
             reply = PromptReply if is_prompt else ResponseReply
             return bytes(reply(sanitization_result=result).SerializeToString())
 
     async def _get_template(self, request: armor.GetTemplateRequest, context: Any) -> bytes:
-        with self._logged("GetTemplate", request.name, 0) as call:
+        with self._logged("GetTemplate", request.name, 0, context) as call:
             fault = await self._struck(call, "template", "", context)
             if fault is not None and fault.kind == "malformed":
                 return MALFORMED
@@ -237,7 +226,7 @@ class Emulator:
             return bytes(armor.Template.serialize(self.catalog.message(request.name, template)))
 
     async def _list_templates(self, request: armor.ListTemplatesRequest, context: Any) -> bytes:
-        with self._logged("ListTemplates", request.parent, 0) as call:
+        with self._logged("ListTemplates", request.parent, 0, context) as call:
             fault = await self._struck(call, "template", "", context)
             if fault is not None and fault.kind == "malformed":
                 return MALFORMED
@@ -283,7 +272,8 @@ class Emulator:
         task.add_done_callback(self._tasks.discard)
 
     @contextmanager
-    def _logged(self, method: str, template: str, num_chars: int) -> Iterator[Call]:
+    def _logged(self, method: str, template: str, num_chars: int, context: Any) -> Iterator[Call]:
+        self.last_metadata = dict(context.invocation_metadata())
         start_s = time.monotonic()
         call = Call(method, template, num_chars, start_s - self._made_s)
         self._calls.append(call)

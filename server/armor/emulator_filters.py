@@ -43,17 +43,12 @@ def raw(kind: Any) -> Any:
 
 FilterResult, SanitizationResult = raw(armor.FilterResult), raw(armor.SanitizationResult)
 SanitizationMetadata = raw(armor.SanitizationResult.SanitizationMetadata)
-FilterVersionConfig, MessageItem, RangeInfo = map(
-    raw, (armor.FilterVersionConfig, armor.MessageItem, armor.RangeInfo)
-)
-CsamFilterResult, PiAndJailbreakFilterResult = (
-    raw(armor.CsamFilterResult),
-    raw(armor.PiAndJailbreakFilterResult),
-)
-RaiFilterResult, RaiFilterTypeResult = (
-    raw(armor.RaiFilterResult),
-    raw(armor.RaiFilterResult.RaiFilterTypeResult),
-)
+FilterVersionConfig = raw(armor.FilterVersionConfig)
+MessageItem, RangeInfo = raw(armor.MessageItem), raw(armor.RangeInfo)
+CsamFilterResult = raw(armor.CsamFilterResult)
+PiAndJailbreakFilterResult = raw(armor.PiAndJailbreakFilterResult)
+RaiFilterResult = raw(armor.RaiFilterResult)
+RaiFilterTypeResult = raw(armor.RaiFilterResult.RaiFilterTypeResult)
 MaliciousUriFilterResult = raw(armor.MaliciousUriFilterResult)
 MaliciousUriMatchedItem = raw(armor.MaliciousUriFilterResult.MaliciousUriMatchedItem)
 SdpFilterResult, SdpInspectResult = raw(armor.SdpFilterResult), raw(armor.SdpInspectResult)

@@ -44,15 +44,15 @@ class Front:
         self.port = sock.getsockname()[1]
         self._server = await asyncio.start_server(self._accept, sock=sock, backlog=BACKLOG)
 
-    async def refuse(self) -> None:
+    def refuse(self) -> None:
         """Reset every connection and refuse others, until `listen`. The port stays ours."""
-        await self.stop_listening()
+        self.stop_listening()
         if self._kept is None:
             self._kept = bind(self.host, self.port, is_listening=False)
         for writer in list(self._connections.values()):
             _reset(writer)
 
-    async def stop_listening(self) -> None:
+    def stop_listening(self) -> None:
         """Take no further connections; those that are open go on."""
         server, self._server = self._server, None
         if server is not None:
@@ -60,7 +60,7 @@ class Front:
 
     async def close(self) -> None:
         """End everything, and give the port back."""
-        await self.stop_listening()
+        self.stop_listening()
         self._give_port_back()
         for task in list(self._tasks):
             task.cancel()

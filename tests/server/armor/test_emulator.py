@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from armor_world import PROMPT_TEMPLATE, RESPONSE_TEMPLATE, connected, running_emulator
-from google.api_core.exceptions import GoogleAPICallError, InvalidArgument, NotFound
+from google.api_core.exceptions import GoogleAPICallError, InvalidArgument, MethodNotImplemented, NotFound
 from google.cloud import modelarmor_v1 as armor
 
 from cabochon.server.armor.emulator import Emulator
@@ -188,6 +188,8 @@ def test_templates_of_a_location_come_in_pages() -> None:
         request = armor.ListTemplatesRequest(parent=LOCATION, page_token="x")
         with pytest.raises(InvalidArgument, match="page_token"):
             await client.list_templates(request)
+        with pytest.raises(MethodNotImplemented):
+            await client.delete_template(name=f"{LOCATION}/templates/a")
 
     others = ["*", "projects/p/locations/eu/templates/d"]
     with_client(work, templates=[f"{LOCATION}/templates/{name}" for name in "cab"] + others)

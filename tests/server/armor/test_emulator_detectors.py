@@ -1,10 +1,12 @@
 """What the emulator's filters find: texts written by hand, and long hostile ones in linear time."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from cabochon.server.armor.emulator_detectors import (
+    CSAM_WORD,
     INJECTION_PHRASES,
     MALICIOUS_URLS,
     MAX_URLS,
@@ -18,6 +20,8 @@ from cabochon.server.armor.emulator_detectors import (
     has_csam,
     has_injection,
 )
+from cabochon.server.armor.emulator_faults import KINDS
+from cabochon.server.armor.emulator_templates import FILTERS, FLAGS
 
 BAD = MALICIOUS_URLS[0]
 
@@ -116,3 +120,13 @@ def test_a_long_text_takes_linear_time(part: str) -> None:
     find_malicious_urls(text)
     has_injection(text)
     assert time.process_time() - start_s < 2  # quadratic: minutes
+
+
+def test_all_that_matches_is_in_the_guide() -> None:
+    guide = (Path(__file__).parents[3] / "docs/model-armor.md").read_text()
+    words = [f'"{phrase}"' for phrase in INJECTION_PHRASES]
+    words += [f"`{url}`" for url in MALICIOUS_URLS] + [
+        f"`{word}`" for word in (*RAI_WORDS.values(), CSAM_WORD)
+    ]
+    words += [f"`{name}`" for name in (*FILTERS, *FLAGS, *KINDS)]
+    assert [word for word in words if word not in guide] == []
