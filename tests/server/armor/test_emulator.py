@@ -185,6 +185,8 @@ def test_templates_of_a_location_come_in_pages() -> None:
         pages = [page async for page in (await client.list_templates(request)).pages]
         names = [[one.name.rpartition("/")[2] for one in page.templates] for page in pages]
         assert names == [["a", "b"], ["c"]]
+        request = armor.ListTemplatesRequest(parent=LOCATION, page_size=3)
+        assert len([page async for page in (await client.list_templates(request)).pages]) == 1
         request = armor.ListTemplatesRequest(parent=LOCATION, page_token="x")
         with pytest.raises(InvalidArgument, match="page_token"):
             await client.list_templates(request)
