@@ -196,9 +196,7 @@ class RequestGuard:
             return await self._approve(context, text)
 
         gate = self._gate
-        shown = guarded(
-            deltas, approve, mode=self._mode, windows=gate.windows, observe=gate.metrics.held
-        )
+        shown = guarded(deltas, approve, mode=self._mode, windows=gate.windows, observe=gate.metrics.held)
         try:
             async with aclosing(shown):
                 async for delta in shown:
