@@ -175,12 +175,7 @@ class ArmorChecker:
         now, key = time.monotonic(), (use.template, failure.reason)
         if now >= self._warned_s.get(key, now):
             self._warned_s[key] = now + WARN_EVERY_S
-            logger.warning(
-                "model armor unchecked template=%s stage=%s reason=%s",
-                use.template,
-                use.stage,
-                failure.reason,
-            )
+            logger.warning("model armor unchecked template=%s stage=%s reason=%s", *use, failure.reason)
 
 
 def _all_together(verdicts: Sequence[Verdict]) -> Verdict:

@@ -113,6 +113,7 @@ class Connections:
 
     async def _connect(self, endpoint: str) -> Any:
         import grpc  # they come with the optional dependency
+        from google.api_core.client_options import ClientOptions
         from google.cloud.modelarmor_v1.services.model_armor.transports import (
             ModelArmorGrpcAsyncIOTransport as Transport,
         )
@@ -126,7 +127,7 @@ class Connections:
             return self._armor.ModelArmorAsyncClient(transport=Transport(channel=plain))
         return self._armor.ModelArmorAsyncClient(
             credentials=await self._own_credentials(),
-            client_options={"api_endpoint": endpoint},
+            client_options=ClientOptions(api_endpoint=endpoint),
             transport=lambda **given: Transport(channel=channel, **given),
         )
 

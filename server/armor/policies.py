@@ -97,10 +97,7 @@ class Policies:
 def _parse(path: Path, config: ArmorConfig) -> dict[bytes, Policy]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # its message quotes the file: only where it is wrong may be shown
+    except (yaml.YAMLError, ValueError) as error:  # it quotes the file: only the line's number may be shown
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path} must be YAML, it is not{where}: correct it") from None

@@ -165,6 +165,19 @@ def test_the_total_time_holds_while_the_service_is_down_or_silent(answer: Any) -
     asyncio.run(scenario())
 
 
+def test_the_time_holds_while_even_the_facts_of_the_template_do_not_come() -> None:
+    async def scenario() -> None:
+        fake = FakeArmor(probe=Code.UNAVAILABLE)
+        async with checking(fake, armor_prompt_timeout_s=0.2) as world:
+            fake.probe = 60.0
+            started = time.monotonic()
+            verdict = await world.checker.check(world.config.default_policy, "prompt", "x")
+            assert verdict == unchecked("timeout")
+            assert time.monotonic() - started < 1.7
+
+    asyncio.run(scenario())
+
+
 def test_a_retry_has_what_is_left_of_the_total() -> None:
     async def scenario() -> None:
         fake = FakeArmor([0.3, Code.UNAVAILABLE])
