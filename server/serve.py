@@ -108,6 +108,8 @@ async def start_service(settings: Settings) -> Service:
         tracing=tracing,
     )
     if settings.armor.is_on:
+        from cabochon.server.armor.start import start_guard  # its package is optional
+
         await start_guard(service, settings.armor)
     return service
 

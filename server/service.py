@@ -183,7 +183,7 @@ class Service:
         self.metrics.recent.arrived(sum(len(choice.request.prompt_ids) for choice in job.choices))
         self.lifecycle.admit(len(job.choices))
         deltas = self._run(job, request.state.log_fields, request.state.trace)
-        work = anext(deltas) if job.is_stream else _collect(job.answer, deltas)
+        work: Coroutine[Any, Any, Any] = anext(deltas) if job.is_stream else _collect(job.answer, deltas)
         try:
             if guard is not None:
                 work = self._beside(guard, job, work)

@@ -45,3 +45,12 @@ class ScriptedChecker:
     def prompts(self) -> list[str]:
         """The prompts' texts that it was asked about."""
         return [text for stage, _, text in self.asked if stage == "prompt"]
+
+    def pressure(self) -> float:
+        return 0.0
+
+    def problem(self) -> str | None:
+        return None
+
+    async def close(self) -> None:
+        pass

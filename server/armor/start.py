@@ -24,3 +24,4 @@ async def start_guard(service: Service, config: ArmorConfig) -> None:
     if problem := checker.problem():
         logger.error("not ready: %s", problem)
     service.gate = Gate(checker, policies.policy_of, config, metrics, service.lifecycle.predicted_wait_s)
+    service.lifecycle.problem = checker.problem
