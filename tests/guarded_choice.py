@@ -31,6 +31,7 @@ class World:
     windows: Windows = WINDOWS
     mode: Any = "window"
     banned: str = BANNED
+    late_end_s: float | None = None  # the reason of the end comes so much after the text
     fails_at: int | None = None  # the piece in whose place the source raises
     check_fails_at: int | None = None
     rewrite: Callable[[str], str] = lambda text: EMAIL.sub("[EMAIL]", text)
@@ -55,12 +56,16 @@ class World:
                 if number == self.fails_at:
                     raise RuntimeError("engine died")
                 end = at + self.sizes[number % len(self.sizes)]
-                is_last = end >= len(self.text)
+                is_last = end >= len(self.text) and self.late_end_s is None
                 self.num_generated += 2
                 scored = ScoredTokens([number], [TokenLogprobs(-1.0, [8], [-2.0])]) if self.scored else None
                 is_behind = self.behind[number % len(self.behind)]
                 yield Delta(3, self.text[at:end], 2, 7, "length" if is_last else None, scored, is_behind)
                 at, number = end, number + 1
+            if self.late_end_s is not None:
+                await asyncio.sleep(self.late_end_s)
+                self.num_generated += 2
+                yield Delta(3, "", 2, 7, "length")
         finally:
             self.is_closed = True
 

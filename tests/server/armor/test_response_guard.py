@@ -324,14 +324,22 @@ def test_text_without_blanks_streams(text: str) -> None:
     assert len(world.shown[0].text) < (MAX_RUN + 100 if text[0] == "a" else 100)
 
 
-def test_what_was_approved_is_not_checked_again_when_no_more_comes() -> None:
-    """The end may come later than the text: neither a token without text nor a flush costs a check."""
+@pytest.mark.parametrize("late_end_s", [None, 0.05, 1.0])
+def test_what_was_approved_is_not_checked_again_when_no_more_comes(late_end_s: float | None) -> None:
     text = "one two three four five six seven eight"
-    for sizes in ([len(text)], [len(text), 0]):
-        windows = Windows(first_chars=4, max_chars=9, hold_back_chars=8)
-        world = World(text + "", sizes=sizes, delays_s=[1.0], check_s=[0.1], windows=windows).run()
-        assert len(world.checks) == 1
-        assert world.said() == text
+    windows = Windows(first_chars=4, max_chars=9, hold_back_chars=8)
+    world = World(text, sizes=[len(text)], check_s=[0.1], windows=windows, late_end_s=late_end_s).run()
+    world.check_end("length")
+    assert (world.said(), len(world.checks)) == (text, 1)
+
+
+@pytest.mark.parametrize("late_end_s", [None, 0.05, 1.0])
+def test_what_was_rewritten_in_the_tail_is_not_said_when_no_more_comes(late_end_s: float | None) -> None:
+    text = "one two three four five six a@b.example"
+    windows = Windows(first_chars=4, max_chars=9, hold_back_chars=8)
+    world = World(text, sizes=[len(text)], check_s=[0.1], windows=windows, late_end_s=late_end_s).run()
+    world.check_end("length")
+    assert world.said() == "one two three four five six [EMAIL]"
 
 
 @settings(max_examples=40, deadline=None)
