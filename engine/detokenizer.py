@@ -68,6 +68,11 @@ class Detokenizer:
         self._held = ""  # decoded, but a stop string may start in it
         self.stop_string: str | None = None  # the one that was found
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether tokens came whose text is not out: it is held back, or a stop string has cut it off."""
+        return self.stop_string is not None or bool(self._held or self._decoder.getstate()[0])
+
     def feed(self, token_ids: Sequence[int]) -> str:
         """Take new tokens. Returns the text that is certain now; "" after a stop string."""
         text = ""

@@ -75,19 +75,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
         body = await _read(ChatRequest, request, service)
-        return await service.respond(await service.chat(body, _id(request)), request)
+        return await service.respond(await service.chat(body, request), request)
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=STREAM)
     async def completions(request: Request) -> Response:
         """Continue one prompt or several, text or token ids."""
         body = await _read(CompletionRequest, request, service)
-        return await service.respond(await service.completion(body, _id(request)), request)
+        return await service.respond(await service.completion(body, request), request)
 
     @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest), responses=STREAM)
     async def responses(request: Request) -> Response:
         """Answer a conversation that the body brings whole: nothing is stored."""
         body = await _read(ResponsesRequest, request, service)
-        return await service.respond(await service.response(body, _id(request)), request)
+        return await service.respond(await service.response(body, request), request)
 
     @app.post("/v1/chat/completions/render", openapi_extra=body_of(ChatRequest))
     async def render_chat(request: Request) -> Response:

@@ -36,8 +36,7 @@ class ApiKeys:
         """
         if self._path is None or path in OPEN:
             return
-        scheme, _, key = (authorization or "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as headers are decoded
+        given = given_key(authorization)
         # Every key is compared, and in constant time: how long it takes tells nothing.
         if not sum([hmac.compare_digest(given, key) for key in self._current()]):
             raise ApiError(
@@ -67,3 +66,9 @@ class ApiKeys:
             self._keys = keys
         else:
             logger.warning("api key file has no key, keys=%d hold: add one", len(self._keys))
+
+
+def given_key(authorization: str | None) -> bytes:
+    """The key of `Bearer KEY`; empty if there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as headers are decoded

@@ -18,6 +18,7 @@ from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.errors import ConfigError, EngineError, ModelError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.server.armor.emulator_command import read_emulator_options, run_emulator
 from cabochon.server.config import RayConfig
 from cabochon.server.gateway.finding import Result
 from cabochon.server.gateway_check import as_json, as_table, check_servers, read_options
@@ -34,6 +35,7 @@ USAGE = """cabochon COMMAND [--option VALUE ...]
   verify [MODEL]     compare logits and greedy tokens with transformers, on this machine and these weights
   adapters [PATH ..] check LoRA adapters: rank, base model, bytes, or why one is refused
   gateway-check URL  does a model server fit behind the GKE Inference Gateway? (gateway-check --help)
+  armor-emulator     a local Model Armor for tests and demos (armor-emulator --help)
   config             print the settings that the options give, as YAML
   version            print the version
 
@@ -48,6 +50,8 @@ def main() -> None:
     command, *args = sys.argv[1:] or ["--help"]
     if command == "gateway-check":  # has options of its own, and asks any server
         sys.exit(_guarded(lambda: _gateway_check(args)))
+    if command == "armor-emulator":  # so has this
+        sys.exit(_guarded(lambda: _armor_emulator(args)))
     if command in ("--help", "-h", "help") or "--help" in args:
         print(USAGE + option_help())
         sys.exit(0)
@@ -79,6 +83,11 @@ def _gateway_check(args: list[str]) -> int:
     reports = asyncio.run(check_servers(options, lambda line: print(line, file=sys.stderr)))
     print(as_json(reports) if options.is_json else "\n\n".join(map(as_table, reports)))
     return int(any(report.count(Result.FAIL) for report in reports))
+
+
+def _armor_emulator(args: list[str]) -> int:
+    options = read_emulator_options(args)
+    return asyncio.run(run_emulator(options, lambda line: print(line, flush=True)))
 
 
 def _run(command: str, args: list[str]) -> int:

@@ -128,5 +128,4 @@ class CabochonReplica:
         with contextlib.suppress(AttributeError):
             self._watcher.cancel()
             await self._service.engine.shutdown()
-            if self._service.tracing is not None:
-                await self._service.tracing.close()
+            await self._service.close()

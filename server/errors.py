@@ -52,14 +52,17 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = "invalid_value",
         headers: dict[str, str] | None = None,
+        inner: dict[str, Any] | None = None,
     ) -> None:
+        """inner: Azure's `innererror`, by which clients tell a block from other errors."""
         super().__init__(message)
         self.status, self.type, self.param, self.code = status, type, param, code
-        self.headers = headers or {}
+        self.headers, self.inner = headers or {}, inner
 
     def body(self) -> dict[str, Any]:
         """The JSON object to send."""
-        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error if self.inner is None else {**error, "innererror": self.inner}}
 
 
 def as_api_error(error: Exception) -> ApiError:

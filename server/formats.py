@@ -70,7 +70,10 @@ class Head:
 
 
 class Answer(ABC):
-    """One answer. Either add() each delta and then whole(), or opening(), events() of each, closing()."""
+    """One answer. Either add() each delta and then whole(), or opening(), events() of each, closing().
+
+    A choice that content_filter ends has no text, call or log probability of its own in whole().
+    """
 
     @abstractmethod
     def add(self, delta: Delta) -> None:
@@ -120,6 +123,8 @@ class _ChatChoice:
 
 def parts_of(delta: Delta, parser: CallParser | None) -> Sequence[Part]:
     """The delta's text as text and calls. parser: of the answer, if it may have calls."""
+    if delta.finish_reason == "content_filter":
+        return []  # what the parser holds is dropped
     if parser is None:
         return [Text(delta.text)] if delta.text else []
     return parser.feed(delta.text) + (parser.flush() if delta.finish_reason else [])
@@ -139,6 +144,10 @@ class ChatAnswer(Answer):
     def add(self, delta: Delta) -> None:
         choice = self._choices[delta.index]
         text, _ = self._take(choice, delta)
+        if delta.finish_reason == "content_filter":
+            choice.text, choice.scored = "", None
+            choice.calls.clear()
+            return
         choice.text += text
         if delta.scored is not None:
             choice.scored = choice.scored or ScoredTokens()
@@ -233,8 +242,11 @@ class CompletionAnswer(Answer):
 
     def add(self, delta: Delta) -> None:
         index = delta.index
-        self._texts[index] += delta.text
         self._reasons[index] = delta.finish_reason
+        if delta.finish_reason == "content_filter":
+            self._texts[index], self._scored[index] = self._echo[index], None
+            return
+        self._texts[index] += delta.text
         if delta.scored is not None:
             self._scored[index] = so_far = self._scored[index] or ScoredTokens()
             so_far.extend(delta.scored.token_ids, delta.scored.logprobs)

@@ -2,15 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Literal
 
 from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
 from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput
 from cabochon.server.logprobs import ScoredTokens
 from cabochon.server.metrics import Metrics
+
+EndReason = FinishReason | Literal["content_filter"]  # the last: a guard ended the choice
 
 
 @dataclass(slots=True)
@@ -21,8 +24,9 @@ class Delta:
     text: str
     num_tokens: int
     cached_tokens: int
-    finish_reason: FinishReason | None
+    finish_reason: EndReason | None
     scored: ScoredTokens | None = None  # the tokens of `text` (and first of an echoed prompt), if asked for
+    is_behind: bool = False  # text of `scored` is still to come, or a stop string has cut it off
 
 
 @dataclass(slots=True)
@@ -36,15 +40,31 @@ class Choice:
     num_tokens: int = 0
     last_token_s: float = 0.0
     last: RequestOutput | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
+
+
+Guard = Callable[[Choice, AsyncGenerator[Delta, None]], AsyncGenerator[Delta, None]]
 
 
 async def run_choices(
-    engine: Engine, choices: Sequence[Choice], metrics: Metrics
+    engine: Engine,
+    choices: Sequence[Choice],
+    metrics: Metrics,
+    guard: Guard | None = None,
+    started: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Delta, None]:
-    """Deltas of all choices as they come. Closing it, or an error of one, aborts them all."""
+    """Deltas of all choices as they come. Closing it, or an error of one, aborts them all.
+
+    guard: makes of a choice's own deltas those that may be shown; by closing them it ends that choice alone.
+    started: called with every output of the engine, which a guard may hold back.
+    """
+
+    def run(choice: Choice) -> AsyncGenerator[Delta, None]:
+        deltas = _run(engine, choice, metrics, started)
+        return deltas if guard is None else _guarded(choice, guard(choice, deltas))
+
     if len(choices) == 1:
-        async with aclosing(_run(engine, choices[0], metrics)) as deltas:
+        async with aclosing(run(choices[0])) as deltas:
             async for delta in deltas:
                 yield delta
         return
@@ -52,7 +72,7 @@ async def run_choices(
 
     async def pump(choice: Choice) -> None:
         try:
-            async with aclosing(_run(engine, choice, metrics)) as deltas:
+            async with aclosing(run(choice)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
         except Exception as error:  # handed to the one border that answers
@@ -77,11 +97,22 @@ async def run_choices(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run(engine: Engine, choice: Choice, metrics: Metrics) -> AsyncGenerator[Delta, None]:
+async def _guarded(choice: Choice, shown: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    async with aclosing(shown):
+        async for delta in shown:
+            if delta.finish_reason == "content_filter":
+                choice.finish_reason = delta.finish_reason
+            yield delta
+
+
+async def _run(
+    engine: Engine, choice: Choice, metrics: Metrics, started: Callable[[], None]
+) -> AsyncGenerator[Delta, None]:
     request = choice.request
     is_finished = is_counted = False
     try:
         async for output in engine.submit(request):
+            started()
             now = time.monotonic()
             metrics.observe_output(output, request, choice.last_token_s, now)
             choice.last_token_s, choice.last = now, output
@@ -111,7 +142,7 @@ def _delta(choice: Choice, output: RequestOutput) -> Delta:
     is_hidden = output.stop_token_id is not None and not detokenizer.includes_stop
     shown = output.token_ids[:-1] if is_hidden else output.token_ids
     text = detokenizer.feed(shown)
-    finish_reason = output.finish_reason
+    finish_reason: EndReason | None = output.finish_reason
     if finish_reason is not None:
         text += detokenizer.flush()
     if detokenizer.stop_string is not None:
@@ -119,7 +150,8 @@ def _delta(choice: Choice, output: RequestOutput) -> Delta:
     scored = _scored(choice, output, 0 if choice.is_echo_only else len(shown))
     if choice.is_echo_only:
         return Delta(choice.index, "", 0, output.cached_tokens, "length", scored)
-    return Delta(choice.index, text, len(output.token_ids), output.cached_tokens, finish_reason, scored)
+    num_tokens, is_behind = len(output.token_ids), scored is not None and detokenizer.is_behind
+    return Delta(choice.index, text, num_tokens, output.cached_tokens, finish_reason, scored, is_behind)
 
 
 def _scored(choice: Choice, output: RequestOutput, num_shown: int) -> ScoredTokens | None:

@@ -27,6 +27,7 @@ class Lifecycle:
         self._engine = engine
         self._config = config
         self.phase = Phase.SERVING
+        self.problem: Callable[[], str | None] = lambda: None  # what keeps the server from being ready
         self.num_open = 0
         self._unstarted_tokens = 0  # prompt tokens of open requests without a first token
         self._idle = asyncio.Event()
@@ -37,6 +38,8 @@ class Lifecycle:
         """Status code and word for probes: 200 only if new requests should be sent here."""
         if self._engine.dead_reason() is not None:
             return 503, "engine dead"
+        if problem := self.problem():
+            return 503, problem
         return (200, "ok") if self.phase is Phase.SERVING else (503, self.phase.value)
 
     def check_open(self) -> None:

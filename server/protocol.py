@@ -293,6 +293,11 @@ class CompletionRequest(GenerationRequest):
     )
 
     @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @property
     def num_logprobs(self) -> int | None:
         return None if self.logprobs is False else self.logprobs
 

@@ -86,6 +86,10 @@ class ResponseAnswer(Answer):
         if delta.scored is not None:
             self._scored += _logprobs(self._head, delta.scored)
         events = []
+        if delta.finish_reason == "content_filter":
+            self._scored = []
+            if not self._body.stream:
+                self._items.clear()
         for part in parts_of(delta, self._parser):
             match part:
                 case Text(text):
@@ -171,7 +175,7 @@ class ResponseAnswer(Answer):
 
     def _response(self) -> dict[str, Any]:
         body, status, usage = self._body, self._status(), self._head.usage
-        is_cut = status == "incomplete"
+        reason = "content_filter" if self._finish_reason == "content_filter" else "max_output_tokens"
         choice = body.tool_choice or "auto"
         return {
             "id": self._head.answer_id,
@@ -179,7 +183,7 @@ class ResponseAnswer(Answer):
             "created_at": self._head.created,
             "status": status,
             "error": self._error and {"code": "server_error", "message": str(self._error)},
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": {"reason": reason} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "model": self._head.model,

@@ -100,13 +100,18 @@ async def start_service(settings: Settings) -> Service:
     except BaseException:
         engine.cancel()
         raise
-    return Service(
+    service = Service(
         engine.result(),
         prompts.result(),
         named(settings),
         lora_dir=settings.engine.lora_dir,
         tracing=tracing,
     )
+    if settings.armor.is_on:
+        from cabochon.server.armor.start import start_guard  # its package is optional
+
+        await start_guard(service, settings.armor)
+    return service
 
 
 def named(settings: Settings) -> ServerConfig:
@@ -180,8 +185,7 @@ async def serve_engine(service: Service, sock: socket.socket) -> int:
     finally:
         watch.cancel()
         await service.engine.shutdown()
-        if service.tracing is not None:
-            await service.tracing.close()
+        await service.close()
     return end.exit_code
 
 

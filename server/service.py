@@ -3,11 +3,11 @@
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from starlette.requests import Request
@@ -17,8 +17,9 @@ from cabochon.engine.detokenizer import Detokenizer
 from cabochon.engine.engine import Engine
 from cabochon.engine.errors import BadPrompt, BadSampling, RequestError
 from cabochon.engine.messages import GenerateRequest
-from cabochon.engine.sampling_params import MAX_SEED, Grammar, SamplingParams
+from cabochon.engine.sampling_params import MAX_SEED
 from cabochon.server.adapters import Adapters
+from cabochon.server.armor.prompt_texts import PromptTexts, chat_texts, completion_texts
 from cabochon.server.config import ServerConfig
 from cabochon.server.errors import ApiError, as_api_error
 from cabochon.server.formats import Answer, ChatAnswer, CompletionAnswer, Head, Usage
@@ -35,12 +36,16 @@ from cabochon.server.protocol import (
 )
 from cabochon.server.response_events import ResponseAnswer
 from cabochon.server.responses import ResponsesRequest, in_our_words
+from cabochon.server.sampling import sampling_params
 from cabochon.server.streaming import EventStream, JsonResponse, or_disconnect
 
 if TYPE_CHECKING:
+    from cabochon.server.armor.gate import Gate, RequestGuard
     from cabochon.server.spans import Trace, Tracing
 
 VERSION = version("cabochon")
+T = TypeVar("T")
+Body = TypeVar("Body", bound=GenerationRequest)
 MAX_LISTED = 32  # names in an error
 
 
@@ -53,6 +58,8 @@ class Job:
     head: Head
     prompts_of: list[int]  # per choice, which prompt it continues
     is_stream: bool
+    guard: "RequestGuard | None" = None
+    echo: Sequence[str] = ()  # what the answer shows of prompts
 
 
 class Service:
@@ -67,7 +74,11 @@ class Service:
         lora_dir: str | None = None,
         tracing: "Tracing | None" = None,
     ) -> None:
-        """lora_dir: adapters below it may be loaded over HTTP. tracing: where spans go, closed by others."""
+        """lora_dir: adapters below it may be loaded over HTTP. tracing: where spans go, closed by others.
+
+        `gate`, set by whoever starts a guard, makes every prompt and answer wait for its check.
+        """
+        self.gate: Gate | None = None
         self.engine = engine
         self.prompts = prompts
         self.config = config
@@ -93,40 +104,57 @@ class Service:
             )
         return name or self.names[0]
 
+    async def close(self) -> None:
+        """End what runs beside the engine."""
+        if self.gate is not None:
+            await self.gate.close()
+        if self.tracing is not None:
+            await self.tracing.close()
+
     def scrape(self) -> tuple[int, bytes]:
         """Status and text of /metrics. A dead engine has none: its last gauges would look idle."""
         if self.engine.dead_reason() is not None:
             return 503, b"# engine dead\n"
         return 200, self.metrics.render()
 
-    async def chat(self, body: ChatRequest, request_id: str) -> Job:
+    async def chat(self, body: ChatRequest, request: Request) -> Job:
         """A job for POST /v1/chat/completions."""
-        head = self._head("chatcmpl", body, request_id)
+        head, guard = self._head("chatcmpl", body, request.state.request_id), self._guard(request)
+        if guard is not None:
+            body = await self._guarded(guard, body, chat_texts(body), body.n)
         with self._words_of_chat(body):
             choices = await self._chat_choices(body)
-        return self._job(body, choices, head, ChatAnswer(head, len(choices), body.tool_use()))
+        return self._job(body, choices, head, ChatAnswer(head, len(choices), body.tool_use()), guard)
 
-    async def completion(self, body: CompletionRequest, request_id: str) -> Job:
+    async def completion(self, body: CompletionRequest, request: Request) -> Job:
         """A job for POST /v1/completions."""
-        head = self._head("cmpl", body, request_id)
+        head, guard = self._head("cmpl", body, request.state.request_id), self._guard(request)
+        if guard is not None:
+            texts = completion_texts(body, lambda prompt: self._text_of(prompt, skip_special_tokens=False))
+            body = await self._guarded(guard, body, texts, body.n)
         choices = await self._completion_choices(body)
         echo = [""] * len(choices)
         if body.echo:
-            texts = [self._text_of(prompt, body) for prompt in _as_batch(body.prompt)]
-            echo = [texts[index // body.n] for index in range(len(choices))]
-        return self._job(body, choices, head, CompletionAnswer(head, echo))
+            shown = [
+                self._text_of(prompt, skip_special_tokens=body.skip_special_tokens) for prompt in body.prompts
+            ]
+            echo = [shown[index // body.n] for index in range(len(choices))]
+        job = self._job(body, choices, head, CompletionAnswer(head, echo), guard)
+        return replace(job, echo=shown) if body.echo else job
 
-    async def response(self, body: ResponsesRequest, request_id: str) -> Job:
+    async def response(self, body: ResponsesRequest, request: Request) -> Job:
         """A job for POST /v1/responses."""
-        head = self._head("resp", body, request_id)
+        head, guard = self._head("resp", body, request.state.request_id), self._guard(request)
         try:
             chat = body.as_chat()
+            if guard is not None:
+                chat = await self._guarded(guard, chat, chat_texts(chat, "input"), 1)
             with self._words_of_chat(chat):
                 choices = await self._chat_choices(chat)
         except (RequestError, ApiError) as error:
             in_our_words(error)
             raise
-        return self._job(body, choices, head, ResponseAnswer(head, body, chat.tool_use()))
+        return self._job(body, choices, head, ResponseAnswer(head, body, chat.tool_use()), guard)
 
     async def render(self, body: ChatRequest | CompletionRequest, request_id: str) -> list[dict[str, Any]]:
         """What would run, one entry a prompt, in vLLM's words: endpoint pickers read its tokens."""
@@ -149,28 +177,68 @@ class Service:
 
     async def respond(self, job: Job, request: Request) -> JsonResponse | EventStream:
         """Run a job. Errors before the first token are raised, so that they get a status of their own."""
+        usage, guard = job.head.usage, job.guard
+        request.state.log_fields["prompt_tokens"] = usage.prompt_tokens
+        # Before admission: who is turned away is demand too
+        self.metrics.recent.arrived(sum(len(choice.request.prompt_ids) for choice in job.choices))
+        self.lifecycle.admit(len(job.choices))
         deltas = self._run(job, request.state.log_fields, request.state.trace)
-        if not job.is_stream:
-            async with aclosing(deltas):
-                return JsonResponse(await or_disconnect(request.receive, _collect(job.answer, deltas)))
-        first = await or_disconnect(request.receive, anext(deltas))
-        return EventStream(_events(job.answer, first, deltas))
+        work: Coroutine[Any, Any, Any] = anext(deltas) if job.is_stream else _collect(job.answer, deltas)
+        try:
+            if guard is not None:
+                work = self._beside(guard, job, work)
+            result = await or_disconnect(request.receive, work)
+        except BaseException:
+            await deltas.aclose()  # a token may have come before the verdict
+            raise
+        headers = None if guard is None else guard.headers()
+        if isinstance(result, Delta):
+            return EventStream(_events(job.answer, result, deltas), headers)
+        return JsonResponse(result, headers=headers)
+
+    async def _beside(self, guard: "RequestGuard", job: Job, work: Coroutine[Any, Any, T]) -> T:
+        """`work`, once the prompt has passed. Until then the engine offers its pages to nobody."""
+        try:
+            guard.set_mode(is_stream=job.is_stream)
+            is_known = await guard.start()
+            await guard.check_echo(job.echo)
+        except BaseException:
+            guard.cancel()
+            work.close()
+            raise
+        if not is_known:
+            for choice in job.choices:
+                choice.request = replace(choice.request, is_private=True)
+
+        def publish() -> None:
+            for choice in job.choices:
+                self.engine.publish(choice.request.request_id)
+
+        return await guard.beside(work, publish)
+
+    async def _guarded(self, guard: "RequestGuard", body: Body, texts: PromptTexts, num_choices: int) -> Body:
+        """The body as the engine may see it, for the time of a check that comes first an open request."""
+        self.lifecycle.admit(1)
+        with self.lifecycle.opened(1, 0):
+            return await guard.first(body, texts, num_choices=num_choices)
+
+    def _guard(self, request: Request) -> "RequestGuard | None":
+        if self.gate is None:
+            return None
+        return self.gate.open(request.headers.get("authorization"), request.state.trace)
 
     async def _run(
         self, job: Job, log_fields: dict[str, Any], trace: "Trace | None"
     ) -> AsyncGenerator[Delta, None]:
         """Deltas, counted. log_fields get what the access line says of them, the trace their spans."""
         usage = job.head.usage
-        log_fields["prompt_tokens"] = usage.prompt_tokens
-        # Before admission: who is turned away is demand too
-        self.metrics.recent.arrived(sum(len(choice.request.prompt_ids) for choice in job.choices))
-        self.lifecycle.admit(len(job.choices))
+        wrap = None if job.guard is None else job.guard.wrap
         cached: dict[int, int] = {}  # per prompt, what its first choice found in the cache
         with self.lifecycle.opened(len(job.choices), usage.prompt_tokens) as started:
             try:
-                async with aclosing(run_choices(self.engine, job.choices, self.metrics)) as deltas:
+                shown = run_choices(self.engine, job.choices, self.metrics, wrap, started)
+                async with aclosing(shown) as deltas:
                     async for delta in deltas:
-                        started()
                         cached.setdefault(job.prompts_of[delta.index], delta.cached_tokens)
                         usage.cached_tokens = sum(cached.values())
                         usage.completion_tokens += delta.num_tokens
@@ -205,7 +273,7 @@ class Service:
         return self._choices(body, [prompt], body.max_completion_tokens or body.max_tokens)
 
     async def _completion_choices(self, body: CompletionRequest) -> list[Choice]:
-        prompts = [await self._prompt_ids(prompt) for prompt in _as_batch(body.prompt)]
+        prompts = [await self._prompt_ids(prompt) for prompt in body.prompts]
         return self._choices(body, prompts, body.max_tokens)
 
     @contextmanager
@@ -238,7 +306,7 @@ class Service:
             request = GenerateRequest(
                 request_id=f"{name}-{index}",
                 prompt_ids=prompts[prompt],
-                params=_sampling_params(body, max_tokens, seed + draw, grammar),
+                params=sampling_params(body, max_tokens, seed + draw, grammar),
                 priority=body.priority,
                 adapter=None if body.model in self.names else body.model,  # None: the model itself
                 cache_salt=body.cache_salt,
@@ -263,7 +331,14 @@ class Service:
             continuous_usage=options is not None and options.continuous_usage_stats,
         )
 
-    def _job(self, body: SamplingFields, choices: list[Choice], head: Head, answer: Answer) -> Job:
+    def _job(
+        self,
+        body: SamplingFields,
+        choices: list[Choice],
+        head: Head,
+        answer: Answer,
+        guard: "RequestGuard | None",
+    ) -> Job:
         num_draws = body.n if isinstance(body, GenerationRequest) else 1
         head.usage.prompt_tokens = sum(len(one.request.prompt_ids) for one in choices[::num_draws])
         return Job(
@@ -272,6 +347,7 @@ class Service:
             head=head,
             prompts_of=[index // num_draws for index in range(len(choices))],
             is_stream=body.stream,
+            guard=guard,
         )
 
     def _detokenizer(self, body: GenerationRequest) -> Detokenizer:
@@ -283,42 +359,11 @@ class Service:
             min_tokens=body.min_tokens,
         )
 
-    def _text_of(self, prompt: str | list[int], body: GenerationRequest) -> str:
+    def _text_of(self, prompt: str | list[int], *, skip_special_tokens: bool) -> str:
         if isinstance(prompt, str):
             return prompt  # as it was sent: clients cut it off by its length
-        detokenizer = Detokenizer(self.prompts.token_bytes, skip_special_tokens=body.skip_special_tokens)
+        detokenizer = Detokenizer(self.prompts.token_bytes, skip_special_tokens=skip_special_tokens)
         return detokenizer.feed(prompt) + detokenizer.flush()
-
-
-def _as_batch(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-
-def _sampling_params(
-    body: GenerationRequest, max_tokens: int | None, seed: int, grammar: Grammar | None
-) -> SamplingParams:
-    try:
-        bias = {int(token_id): value for token_id, value in body.logit_bias.items()}
-    except ValueError:
-        raise ApiError("logit_bias must have token ids as keys: correct it", param="logit_bias") from None
-    return SamplingParams(
-        max_tokens=1 if max_tokens == 0 else max_tokens,  # an echo alone: the token is not shown
-        min_tokens=body.min_tokens,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        seed=seed,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=bias,
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        grammar=grammar,
-        logprobs=body.num_logprobs,
-        prompt_logprobs=body.num_prompt_logprobs,
-    )
 
 
 async def _collect(answer: Answer, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError, ValidationInfo, create_model, field_validator
@@ -24,12 +24,14 @@ from pydantic_settings import (
 from cabochon.engine.config import EngineConfig, split_module
 from cabochon.engine.errors import ConfigError
 from cabochon.server.adapters import problem_of_name
+from cabochon.server.armor.config import ArmorConfig
 from cabochon.server.config import RayConfig, ServerConfig
 
-Config = TypeVar("Config", ServerConfig, EngineConfig, RayConfig)
-CONFIGS = (EngineConfig, ServerConfig, RayConfig)
+Config = TypeVar("Config", ServerConfig, EngineConfig, RayConfig, ArmorConfig)
+CONFIGS = (EngineConfig, ServerConfig, RayConfig, ArmorConfig)
 PREFIX = "CABOCHON_"
 CONFIG_FLAG = "config"
+GOOGLE_LOG_SCOPE = "GOOGLE_SDK_PYTHON_LOGGING_SCOPE"
 SERVICE_LINK = re.compile(
     PREFIX + r"(SERVICE_(HOST|PORT\w*)=.*|PORT_\d+_(TCP|UDP|SCTP)\w*=.*|PORT=(tcp|udp|sctp)://.*)", re.DOTALL
 )
@@ -41,6 +43,7 @@ class Settings(NamedTuple):
     server: ServerConfig
     engine: EngineConfig
     ray: RayConfig = RayConfig()
+    armor: ArmorConfig = ArmorConfig()
 
 
 def load_settings(args: Sequence[str]) -> Settings:
@@ -95,8 +98,14 @@ def _checked(values: dict[str, Any]) -> Settings:
         name = first["loc"][0] if first["loc"] else "an option"
         raise ConfigError(f"{name}: {first['msg']}, got {values.get(str(name))}") from None
     given = {name: getattr(checked, name) for name in _fields()}
-    settings = Settings(_build(ServerConfig, given), _build(EngineConfig, given), _build(RayConfig, given))
+    settings = Settings(
+        _build(ServerConfig, given),
+        _build(EngineConfig, given),
+        _build(RayConfig, given),
+        _build(ArmorConfig, given),
+    )
     _check_adapter_names(settings)
+    _check_log_scope(settings.armor)
     return settings
 
 
@@ -119,6 +128,14 @@ def _check_adapter_names(settings: Settings) -> None:
         name, _ = split_module("lora_modules", module)
         if wrong := problem_of_name(name, base_names):
             raise ConfigError(f"a name of lora_modules {wrong}, got {name}: choose another")
+
+
+def _check_log_scope(armor: ArmorConfig) -> None:
+    if armor.is_on and os.environ.get(GOOGLE_LOG_SCOPE):
+        raise ConfigError(
+            f"{GOOGLE_LOG_SCOPE} must not be set where Model Armor is asked, it is: unset it,"
+            " or Google's client would log prompts"
+        )
 
 
 def set_process_environment() -> None:
@@ -197,6 +214,8 @@ class _PlainSettings(BaseSettings):
         `null` and an empty variable are no value.
         """
         default = _fields()[str(info.field_name)].default
+        if value is False and "off" in get_args(_fields()[str(info.field_name)].type):
+            return "off"  # as YAML reads that word
         if isinstance(default, tuple):
             parts = value.split(",") if isinstance(value, str) else value
             if isinstance(parts, list) and all(isinstance(part, str) for part in parts):

@@ -1,7 +1,7 @@
 """Bodies and answers: server-sent events, JSON, and waiting with an eye on the client."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -91,11 +91,12 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Sends events as they come; closes their source when the client goes away."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
         self._events = events
         self.background = None
         self.status_code = 200
-        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+        kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        self.init_headers({**kind, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

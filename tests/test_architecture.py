@@ -64,7 +64,7 @@ def test_folders_are_no_top_level_packages(folder: str) -> None:
     ("module", "absent"),
     [
         ("cabochon.server.app", {"torch", "triton", "transformers"}),
-        ("cabochon.server.cli", {"torch", "triton", "transformers", "ray"}),
+        ("cabochon.server.cli", {"torch", "triton", "transformers", "ray", "grpc"}),
         ("cabochon.server.deployment", {"torch", "triton", "transformers"}),
         ("cabochon.server.ray_local", {"torch", "triton", "transformers", "ray"}),
         ("cabochon.engine.client", {"torch", "triton", "transformers"}),

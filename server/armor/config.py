@@ -1,12 +1,24 @@
 """Options of Model Armor: frozen, flat, each with its unit. Policies of single API keys are in a file."""
 
+import ipaddress
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cabochon.engine.errors import ConfigError
 from cabochon.server.armor.verdicts import Mode, Policy
 
-TEMPLATE = re.compile(r"projects/[^/]+/locations/[a-z0-9-]+/templates/[^/]+")
+TEMPLATE = re.compile(r"projects/[^/\s]+/locations/([a-z0-9-]+)/templates/[^/\s]+")
+ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")  # HOST[:PORT]
+MAY_BE_OPTIONAL = ("rai", "sdp", "malicious_uris")  # never csam, nor pi_and_jailbreak
+AT_LEAST_ONE = (
+    "armor_quota_per_min",
+    "armor_max_replicas",
+    "armor_first_window_chars",
+    "armor_max_window_chars",
+    "armor_hold_back_chars",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +49,58 @@ class ArmorConfig:
 
     def __post_init__(self) -> None:
         for name in ("armor_prompt_template", "armor_response_template"):
-            value = getattr(self, name)
-            if value is not None and not TEMPLATE.fullmatch(value):
+            check_template(name, getattr(self, name))
+        check_optional_filters("armor_optional_filters", self.armor_optional_filters)
+        if self.armor_policy_file == "":
+            raise ConfigError("armor_policy_file must name a file, got an empty name: leave it out")
+        self._check_endpoint()
+        self._check_times()
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}: raise it")
+        if self.armor_context_chars < 0:
+            raise ConfigError(
+                f"armor_context_chars must be 0 or more, got {self.armor_context_chars}: raise it"
+            )
+        if self.armor_max_window_chars < self.armor_first_window_chars:
+            raise ConfigError(
+                f"armor_max_window_chars must be at least armor_first_window_chars,"
+                f" got {self.armor_max_window_chars} and {self.armor_first_window_chars}: raise it"
+            )
+
+    def _check_endpoint(self) -> None:
+        endpoint = self.armor_endpoint
+        if endpoint is not None and not ENDPOINT.fullmatch(endpoint):
+            raise ConfigError(f"armor_endpoint must be HOST or HOST:PORT, got {endpoint!r}: correct it")
+        if self.armor_insecure and not (endpoint is not None and is_loopback(endpoint)):
+            raise ConfigError(
+                "armor_insecure must go with an armor_endpoint on this machine, such as 127.0.0.1:8100,"
+                f" got {endpoint or 'none'}: leave it out, or prompts would travel as plain text"
+            )
+
+    def _check_times(self) -> None:
+        for name in (
+            "armor_prompt_timeout_s",
+            "armor_window_timeout_s",
+            "armor_total_timeout_s",
+            "armor_max_hold_s",
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}: correct it")
+        for name in ("armor_prompt_timeout_s", "armor_window_timeout_s"):
+            if getattr(self, name) > self.armor_total_timeout_s:
                 raise ConfigError(
-                    f"{name} must be projects/PROJECT/locations/LOCATION/templates/TEMPLATE, got {value!r}:"
-                    " copy its resource name"
+                    f"{name} must be at most armor_total_timeout_s,"
+                    f" got {getattr(self, name)} and {self.armor_total_timeout_s}: lower it"
                 )
+        for name in ("armor_cache_s", "armor_serial_queue_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be 0 or more seconds, got {getattr(self, name)}: correct it")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is to be checked."""
+        return bool(self.armor_prompt_template or self.armor_response_template or self.armor_policy_file)
 
     @property
     def default_policy(self) -> Policy:
@@ -55,3 +113,32 @@ class ArmorConfig:
             reveal=self.armor_reveal,
             optional_filters=self.armor_optional_filters,
         )
+
+
+def check_template(name: str, template: str | None) -> None:
+    """Raises ConfigError if it is not a full resource name. name: of the option, for the message."""
+    if template is not None and not TEMPLATE.fullmatch(template):
+        raise ConfigError(
+            f"{name} must be projects/PROJECT/locations/LOCATION/templates/TEMPLATE, got {template!r}:"
+            " copy its resource name"
+        )
+
+
+def check_optional_filters(name: str, filters: Iterable[str]) -> None:
+    """Raises ConfigError on one that is unknown or must never be skipped. name: of the option."""
+    for given in filters:
+        if given not in MAY_BE_OPTIONAL:
+            raise ConfigError(
+                f"{name} must be among {', '.join(MAY_BE_OPTIONAL)}, got {given!r}: leave it out"
+                " (csam and pi_and_jailbreak are never optional)"
+            )
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether HOST[:PORT] is this machine: an address of its own loopback, or localhost."""
+    matched = ENDPOINT.fullmatch(endpoint)
+    host = matched[1].strip("[]") if matched else ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

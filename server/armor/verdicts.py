@@ -43,3 +43,12 @@ class Checker(Protocol):
 
     def may_rewrite(self, policy: Policy, stage: Stage) -> bool:
         """Whether the template de-identifies: then a prompt's check must come before the engine sees it."""
+
+    def pressure(self) -> float:
+        """How much of the quota is used up, 0 to 1: larger windows need fewer calls."""
+
+    def problem(self) -> str | None:
+        """What must be mended before any check can succeed, with the mend. None: nothing."""
+
+    async def close(self) -> None:
+        """Checks are unchecked from now on."""

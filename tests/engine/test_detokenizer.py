@@ -69,6 +69,22 @@ def test_only_a_possible_start_is_held_back() -> None:
     assert detokenizer.feed(TOKENIZER.encode("er", add_special_tokens=False).ids) == "ster"
 
 
+def test_it_is_behind_while_text_is_held_back_and_after_a_stop_string() -> None:
+    hello, half = TOKENIZER.encode("hello st", add_special_tokens=False).ids, TOKENIZER.token_to_id("<0xF0>")
+    detokenizer = Detokenizer(BYTES, stop=["stop"])
+    seen = []
+    for ids in (hello[:1], hello[1:], hello[:1], [half], hello[:1]):
+        detokenizer.feed(ids)
+        seen.append(detokenizer.is_behind)
+    detokenizer.feed([half])
+    detokenizer.flush()
+    assert (seen, detokenizer.is_behind) == ([False, True, False, True, False], False)
+    detokenizer = Detokenizer(BYTES, stop=["he"], include_stop=True)
+    detokenizer.feed(hello[:1])
+    detokenizer.flush()
+    assert detokenizer.is_behind
+
+
 def test_special_tokens_are_skipped_or_shown() -> None:
     ids = [TOKENIZER.token_to_id("<end_of_turn>"), *TOKENIZER.encode("hello", add_special_tokens=False).ids]
     assert "".join(pieces_of(ids)[0]) == "hello"

@@ -1,15 +1,17 @@
 """The shapes of answers, typed by hand from OpenAI's reference."""
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from cabochon.engine.detokenizer import TokenBytes
+from cabochon.engine.messages import TokenLogprobs
 from cabochon.server.errors import ApiError
 from cabochon.server.formats import Answer, ChatAnswer, CompletionAnswer, Head, Usage
-from cabochon.server.generation import Delta
+from cabochon.server.generation import Delta, EndReason
+from cabochon.server.logprobs import ScoredTokens
 from cabochon.server.tools import Function, ToolUse
 
 USAGE = {
@@ -48,8 +50,12 @@ def frame(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def delta(text: str = "", reason: Literal["stop", "length"] | None = None, index: int = 0) -> Delta:
+def delta(text: str = "", reason: EndReason | None = None, index: int = 0) -> Delta:
     return Delta(index, text, 1, 0, reason)
+
+
+def scored(text: str, index: int = 0) -> Delta:
+    return Delta(index, text, 1, 0, None, ScoredTokens([7], [TokenLogprobs(-1.0, [], [])]))
 
 
 def whole(answer: Answer, *deltas: Delta) -> dict[str, Any]:
@@ -197,9 +203,7 @@ def test_a_call_is_no_content_and_names_itself_the_reason_of_the_end() -> None:
         ("required", CALL[:-3], "length", "length"),
     ],
 )
-def test_the_reason_of_the_end_is_openais(
-    choice: str, text: str, reason: Literal["stop", "length"], told: str
-) -> None:
+def test_the_reason_of_the_end_is_openais(choice: str, text: str, reason: EndReason, told: str) -> None:
     answer = whole(chat(tools=tools(choice)), delta(text, reason))
     assert answer["choices"][0]["finish_reason"] == told
 
@@ -222,3 +226,47 @@ def test_two_calls_in_one_delta_are_two_entries() -> None:
     assert [call["index"] for call in calls] == [0, 1]
     assert [call["function"]["arguments"] for call in calls] == ['{"a": 1}'] * 2
     assert calls[0]["id"] != calls[1]["id"]
+
+
+BLOCKED = delta("", "content_filter")
+
+
+def test_a_whole_chat_that_is_blocked_has_neither_text_nor_calls_nor_log_probabilities() -> None:
+    for made in (chat(2), chat(2, tools())):
+        answer = whole(made, scored("Half of "), delta(CALL, index=1), delta("b", "stop", 1), BLOCKED)
+        assert answer["choices"][0] == {
+            "index": 0,
+            "message": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "content_filter",
+        }
+        assert answer["choices"][1]["finish_reason"] != "content_filter"
+    called = whole(chat(tools=tools()), delta(f"{CALL}, " + CALL[:20]), BLOCKED)["choices"][0]
+    assert called["message"] == {"role": "assistant", "content": "", "refusal": None}
+    assert called["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize("held", ['{"na', f"{CALL}, " + CALL[:20]])
+def test_a_streamed_chat_that_is_blocked_says_so_and_drops_what_its_parser_holds(held: str) -> None:
+    answer = chat(tools=tools())
+    answer.events(delta(held))
+    (chunk,) = streamed(answer, BLOCKED)
+    assert chunk["choices"] == [
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "content_filter"}
+    ]
+    assert answer.closing() == [b"data: [DONE]\n\n"]
+
+
+def test_a_completion_that_is_blocked_keeps_its_echo_alone() -> None:
+    answer = whole(completion(("x", "")), scored("Half of "), delta("b", "stop", 1), BLOCKED)
+    assert answer["choices"] == [
+        {"index": 0, "text": "x", "logprobs": None, "finish_reason": "content_filter"},
+        {"index": 1, "text": "b", "logprobs": None, "finish_reason": "stop"},
+    ]
+
+
+def test_a_streamed_completion_that_is_blocked_says_so() -> None:
+    answer = completion()
+    answer.events(delta("Half of "))
+    (chunk,) = streamed(answer, BLOCKED)
+    assert chunk["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "content_filter"}]

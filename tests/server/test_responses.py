@@ -4,11 +4,17 @@ import json
 from typing import Any
 
 import pytest
-from fake_server import LiveServer
+from fake_server import TOKENIZER, LiveServer
 
+from cabochon.engine.detokenizer import TokenBytes
 from cabochon.engine.errors import ComputeError
+from cabochon.engine.messages import TokenLogprobs
 from cabochon.server.body import parse
 from cabochon.server.errors import ApiError
+from cabochon.server.formats import Head, Usage
+from cabochon.server.generation import Delta
+from cabochon.server.logprobs import ScoredTokens
+from cabochon.server.response_events import ResponseAnswer
 from cabochon.server.responses import ResponsesRequest
 
 RESPONSES = "/v1/responses"
@@ -273,3 +279,48 @@ def test_a_call_that_a_stop_string_cuts_is_an_incomplete_item(echo: LiveServer) 
     given = '{"name": "now", "parameters": {"a": "OsloEND'
     item = echo.post(RESPONSES, {"input": given, "stop": ["END"], "tools": [TOOL]}).json()["output"][0]
     assert (item["type"], item["arguments"], item["status"]) == ("function_call", '{"a": "Oslo', "incomplete")
+
+
+def response(*steps: Delta, **fields: Any) -> tuple[list[Any], Any]:
+    """The events of a stream, or the object, of an answer that comes in these deltas."""
+    asked = body(**fields)
+    token_bytes = TokenBytes(TOKENIZER)
+    head = Head(
+        answer_id="resp-1", model="m", created=0, fingerprint="f", token_bytes=token_bytes, usage=Usage(1)
+    )
+    answer = ResponseAnswer(head, asked, asked.as_chat().tool_use())
+    if not asked.stream:
+        for step in steps:
+            answer.add(step)
+        return [], answer.whole()
+    events = [*answer.opening(), *(one for step in steps for one in answer.events(step)), *answer.closing()]
+    found = sse(b"".join(events).decode())
+    return found, found[-1]["response"]
+
+
+SCORED = ScoredTokens([7], [TokenLogprobs(-1.0, [], [])])
+BLOCKED = Delta(0, "", 1, 0, "content_filter")
+HALVES = ["Half of ", f"[{CALL}, " + CALL[:20], '{"na']
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_a_whole_response_that_is_blocked_has_an_empty_message(text: str) -> None:
+    _, answer = response(Delta(0, text, 1, 0, None, SCORED), BLOCKED, tools=[TOOL])
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+    (item,) = answer["output"]
+    assert (item["type"], item["status"]) == ("message", "incomplete")
+    assert item["content"] == [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_a_streamed_response_that_is_blocked_ends_incomplete_with_what_it_had_said(text: str) -> None:
+    first = Delta(0, text, 1, 0, None, SCORED)
+    before, _ = response(first, Delta(0, "", 1, 0, None), tools=[TOOL], stream=True)
+    events, answer = response(first, BLOCKED, tools=[TOOL], stream=True)
+    said = [event["delta"] for event in events if event["type"].endswith(".delta")]
+    assert said == [event["delta"] for event in before if event["type"].endswith(".delta")]
+    assert events[-1]["type"] == "response.incomplete"
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+    assert answer["output"][-1]["status"] == "incomplete"
+    if not said:
+        assert answer["output"][-1]["content"][0]["logprobs"] == []

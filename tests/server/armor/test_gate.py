@@ -1,0 +1,328 @@
+"""The gate over a live server: what waits for a verdict, what a verdict does, who is asked about what."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fake_server import CHAT, COMPLETIONS, LiveServer, events, request_bytes, wait_until
+from prometheus_client import CollectorRegistry
+from scripted_checker import TEMPLATE, ScriptedChecker
+
+from cabochon.server.armor.config import ArmorConfig
+from cabochon.server.armor.gate import Gate
+from cabochon.server.armor.guard_metrics import GuardMetrics
+from cabochon.server.armor.verdicts import Policy
+
+PROMPTS_ONLY = Policy(prompt_template=TEMPLATE, mode="off")
+BOTH = Policy(prompt_template=TEMPLATE, response_template=TEMPLATE)
+ANSWERS_ONLY = Policy(response_template=TEMPLATE)
+
+
+class GuardedServer(LiveServer):
+    """`checker` says what passes; `policy` may change between requests."""
+
+    def __init__(self, policy: Policy, checker: ScriptedChecker, **options: Any) -> None:
+        super().__init__(**options)
+        self.policy, self.checker = policy, checker
+        self.registry = CollectorRegistry()
+        self.service.gate = Gate(
+            checker,
+            lambda _authorization: self.policy,
+            ArmorConfig(),
+            GuardMetrics(self.registry),
+            self.service.lifecycle.predicted_wait_s,
+        )
+
+    def prompt(self, index: int = -1) -> str:
+        """What the engine was asked to continue."""
+        answer = self.post("/detokenize", {"tokens": self.engine.seen[index].prompt_ids})
+        return str(answer.json()["prompt"])
+
+
+Start = Callable[..., AbstractContextManager[GuardedServer]]
+
+
+@pytest.fixture
+def guarded() -> Iterator[GuardedServer]:
+    with GuardedServer(PROMPTS_ONLY, ScriptedChecker()) as server:
+        yield server
+
+
+@contextmanager
+def open_post(server: LiveServer, path: str, body: object) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(request_bytes(path, body))
+        yield sock
+
+
+def is_silent(sock: socket.socket, for_s: float = 0.1) -> bool:
+    sock.settimeout(for_s)
+    try:
+        return not sock.recv(1)
+    except TimeoutError:
+        return True
+    finally:
+        sock.settimeout(5)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_no_byte_leaves_before_the_verdict_though_the_answer_is_there(
+    guarded: GuardedServer, is_stream: bool
+) -> None:
+    guarded.checker.is_held = True
+    body = {"prompt": "hello world", "max_tokens": 4, "stream": is_stream}
+    with open_post(guarded, COMPLETIONS, body) as sock:
+        wait_until(lambda: guarded.engine.seen and (is_stream or not guarded.engine.open))
+        assert is_silent(sock)
+        assert guarded.engine.seen[0].is_private
+        assert guarded.engine.published == []
+        guarded.checker.release()
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    assert guarded.engine.published == [guarded.engine.seen[0].request_id]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_blocked_prompt_is_a_400_and_leaves_the_engine(guarded: GuardedServer, is_stream: bool) -> None:
+    guarded.faults.is_paused = True
+    answer = guarded.chat("be bad", max_tokens=8, stream=is_stream)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["type"], error["param"]) == (
+        "content_filter",
+        "invalid_request_error",
+        "messages",
+    )
+    assert error["innererror"] == {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {}}
+    assert guarded.engine.aborted == [one.request_id for one in guarded.engine.seen]
+    assert guarded.engine.published == []
+    assert answer.headers["x-guardrail"] == "modelarmor;prompt=block"
+
+
+def test_the_openai_client_sees_a_bad_request(guarded: GuardedServer) -> None:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="x", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "bad"}])
+        assert caught.value.code == "content_filter"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(model="fake", input="bad", stream=True)
+        assert (caught.value.code, caught.value.param) == ("content_filter", "input")
+
+
+def test_the_family_of_the_filter_is_shown_to_those_who_may_see_it(guarded: GuardedServer) -> None:
+    guarded.policy = Policy(prompt_template=TEMPLATE, reveal=True)
+    result = guarded.chat("bad").json()["error"]["innererror"]["content_filter_result"]
+    assert result == {"rai": {"filtered": True, "detected": True}}
+
+
+def test_every_turn_result_call_and_tool_is_checked_in_one_call(guarded: GuardedServer) -> None:
+    tool = {"name": "find", "description": "finds gems", "parameters": {"type": "object"}}
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"what": "opal"}'}}
+    messages = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "found"},
+        {"role": "assistant", "content": "said"},
+        {"role": "user", "content": [{"type": "text", "text": "last"}]},
+    ]
+    body = {"messages": messages, "tools": [{"type": "function", "function": tool}], "max_tokens": 1}
+    assert guarded.post(CHAT, body).status_code == 200
+    (asked,) = guarded.checker.prompts()
+    for text in ("first", '{"what": "opal"}', "found", "said", "last", "finds gems"):
+        assert text in asked
+
+
+@pytest.mark.parametrize("prompt", ["a bad day", ["fine", "a bad day"], [[98, 97], "ids"]])
+def test_every_prompt_of_a_completion_is_checked(guarded: GuardedServer, prompt: Any) -> None:
+    if prompt[-1] == "ids":
+        prompt = [guarded.post("/tokenize", {"prompt": "so bad"}).json()["tokens"]]
+    answer = guarded.complete(prompt, max_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert len(guarded.checker.prompts()) == 1
+
+
+def test_what_is_refused_anyway_costs_no_check(guarded: GuardedServer) -> None:
+    assert guarded.complete("x" * 1100).status_code == 400  # too long
+    assert guarded.complete("hello", temperature=-1).status_code == 400
+    assert guarded.complete("hello", model="unknown").status_code == 404
+    assert guarded.checker.asked == []
+
+
+def test_an_error_of_the_engine_does_not_wait_for_the_verdict(guarded: GuardedServer) -> None:
+    guarded.checker.is_held = True
+    guarded.engine.die()
+    assert guarded.complete("hello").status_code == 503
+    guarded.checker.release()
+
+
+def test_several_choices_wait_for_the_verdict_and_share_their_prompt(guarded: GuardedServer) -> None:
+    guarded.checker.is_held = True
+    with open_post(guarded, COMPLETIONS, {"prompt": "hello", "n": 3, "max_tokens": 1}) as sock:
+        wait_until(lambda: guarded.checker.asked)
+        assert is_silent(sock)
+        assert guarded.engine.seen == []
+        assert guarded.service.lifecycle.num_open == 1  # a drain waits for it
+        guarded.checker.release()
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    assert [one.is_private for one in guarded.engine.seen] == [False] * 3
+    assert guarded.checker.prompts() == ["hello"]
+
+
+def test_behind_a_long_queue_the_check_comes_first(guarded: GuardedServer) -> None:
+    guarded.engine.snapshot = guarded.engine.snapshot.__class__(
+        pages_total=1024, queued_tokens=1000, prefill_tokens_per_s=100.0
+    )
+    assert guarded.complete("bad").status_code == 400
+    assert guarded.engine.seen == []
+
+
+def test_a_rewriting_template_comes_first_and_the_engine_sees_its_text() -> None:
+    checker = ScriptedChecker(rewrites=True)
+    with GuardedServer(PROMPTS_ONLY, checker) as server:
+        answer = server.chat("my secret", max_tokens=1)
+        assert answer.headers["x-guardrail"] == "modelarmor;prompt=rewritten;response=off"
+        assert "my hidden" in server.prompt()
+        assert not server.engine.seen[-1].is_private
+        answer = server.complete(["my secret", "no change"], max_tokens=1, echo=True)
+        assert [choice["text"][:9] for choice in answer.json()["choices"]] == ["my hidden", "no change"]
+        call = {"id": "1", "function": {"name": "find", "arguments": '"secret"'}}
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+        turns.append({"role": "tool", "tool_call_id": "1", "content": "y"})
+        answer = server.post(CHAT, {"messages": turns})
+        assert answer.json()["error"]["code"] == "content_filter"  # arguments have a form to keep
+
+
+@pytest.mark.parametrize("policy", [PROMPTS_ONLY, BOTH])
+def test_without_a_verdict_nothing_passes(policy: Policy) -> None:
+    with GuardedServer(policy, ScriptedChecker()) as server:
+        answer = server.complete("outage", max_tokens=4)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "guardrail_unavailable"
+        assert int(answer.headers["Retry-After"]) > 0
+        assert server.engine.open == {}
+
+
+def test_a_policy_that_is_open_lets_it_pass_and_says_so() -> None:
+    policy = Policy(prompt_template=TEMPLATE, response_template=TEMPLATE, on_unchecked="open")
+    with GuardedServer(policy, ScriptedChecker()) as server:
+        for _ in range(3):
+            answer = server.complete("outage", max_tokens=4)
+            assert answer.status_code == 200
+            assert answer.headers["x-guardrail"] == "modelarmor;prompt=unchecked;response=strict"
+        value = server.registry.get_sample_value("cabochon:guard_fail_open_total")
+        assert value == 6  # a prompt and an answer each
+
+
+def test_a_client_that_goes_away_ends_check_and_request(guarded: GuardedServer) -> None:
+    guarded.checker.is_held = guarded.faults.is_paused = True
+    with open_post(guarded, COMPLETIONS, {"prompt": "hello", "stream": True}):
+        wait_until(lambda: guarded.engine.seen and guarded.checker.asked)
+    wait_until(lambda: guarded.engine.aborted and guarded.checker.num_cancelled)
+    wait_until(lambda: guarded.service.lifecycle.num_open == 0)
+
+
+def test_an_answer_in_one_piece_is_checked_once_and_a_stream_in_windows() -> None:
+    with GuardedServer(ANSWERS_ONLY, ScriptedChecker()) as server:
+        body = {"prompt": "hello world " * 20, "max_tokens": 400}
+        answer = server.post(COMPLETIONS, body)
+        assert answer.headers["x-guardrail"] == "modelarmor;prompt=skipped;response=strict"
+        assert [stage for stage, _, _ in server.checker.asked] == ["response"]
+        server.checker.asked.clear()
+        with server.stream(COMPLETIONS, body) as stream:
+            stream.read()
+            text = "".join(event["choices"][0]["text"] for event in events(stream))
+        assert text == answer.json()["choices"][0]["text"]
+        assert len(server.checker.asked) > 1
+        assert stream.headers["x-guardrail"] == "modelarmor;prompt=skipped;response=window"
+
+
+def test_a_blocked_answer_ends_with_content_filter_and_only_that_choice() -> None:
+    with GuardedServer(ANSWERS_ONLY, ScriptedChecker()) as server:
+        body = {"prompt": ["hello " * 20, "so bad"], "max_tokens": 40}
+        good, bad = server.post(COMPLETIONS, body).json()["choices"]
+        assert (good["finish_reason"], bad["finish_reason"]) == ("length", "content_filter")
+        assert (len(good["text"]) > 40, bad["text"]) == (True, "")
+        with server.stream(COMPLETIONS, body) as stream:
+            stream.read()
+            ends = {
+                event["choices"][0]["index"]: event["choices"][0]["finish_reason"] for event in events(stream)
+            }
+        assert ends == {0: "length", 1: "content_filter"}
+
+
+def test_an_outage_in_a_stream_is_an_error_event_without_an_end() -> None:
+    with GuardedServer(ANSWERS_ONLY, ScriptedChecker()) as server:
+        body = {"prompt": "hello " * 100 + "outage", "max_tokens": 700}
+        with server.stream(COMPLETIONS, body) as stream:
+            stream.read()
+        assert stream.status_code == 200
+        assert "outage" not in stream.text
+        last = json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "guardrail_unavailable"
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            chunks = client.completions.create(model="fake", stream=True, **body)
+            with pytest.raises(openai.APIError, match="content policy"):
+                list(chunks)
+
+
+def test_an_echo_is_a_part_of_the_answer() -> None:
+    with GuardedServer(ANSWERS_ONLY, ScriptedChecker()) as server:
+        for is_stream in (False, True):
+            answer = server.complete("so bad", echo=True, max_tokens=0, stream=is_stream)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "content_filter")
+        assert server.engine.seen == []
+        assert server.complete("so good", echo=True, max_tokens=1).status_code == 200
+
+
+def test_without_templates_nothing_is_asked(guarded: GuardedServer) -> None:
+    guarded.policy = Policy()
+    answer = guarded.complete("bad", max_tokens=1)
+    assert answer.status_code == 200
+    assert answer.headers["x-guardrail"] == "modelarmor;prompt=skipped;response=off"
+    assert guarded.checker.asked == []
+    assert not guarded.engine.seen[0].is_private
+
+
+def test_many_at_once_each_get_their_own_verdict(guarded: GuardedServer) -> None:
+    guarded.checker.delay_s = 0.02
+    answers: dict[int, httpx.Response] = {}
+
+    def ask(index: int) -> None:
+        answers[index] = guarded.complete("bad" if index % 3 == 0 else "good", max_tokens=2)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[index].status_code for index in range(24)] == [400, 200, 200] * 8
+    assert guarded.engine.open == {}
+
+
+def test_of_a_chat_that_goes_on_only_the_new_turns_are_asked_about(guarded: GuardedServer) -> None:
+    first = {"role": "user", "content": "one"}
+    assert guarded.post(CHAT, {"messages": [first], "max_tokens": 1}).status_code == 200
+    turns = [first, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
+    for _ in range(2):
+        assert guarded.post(CHAT, {"messages": turns, "max_tokens": 1}).status_code == 200
+    assert guarded.checker.prompts() == ["one", "two\n\nthree"]
+    assert [one.is_private for one in guarded.engine.seen] == [True, True, False]  # the last was known
+
+
+def test_another_template_does_not_know_what_passed(guarded: GuardedServer) -> None:
+    for template in (TEMPLATE, TEMPLATE + "2", TEMPLATE):
+        guarded.policy = Policy(prompt_template=template)
+        assert guarded.complete("hello", max_tokens=1).status_code == 200
+    assert len(guarded.checker.asked) == 2
+
+
+def test_what_was_not_checked_is_asked_again(guarded: GuardedServer) -> None:
+    guarded.policy = Policy(prompt_template=TEMPLATE, on_unchecked="open")
+    for _ in range(2):
+        assert guarded.complete("outage", max_tokens=1).status_code == 200
+    assert len(guarded.checker.asked) == 2
