@@ -107,7 +107,7 @@ def timeline(rows: Sequence[Row]) -> Figure | None:
     words = [("waits for its first token", ORANGE), ("answer comes", BLUE)]
     words += [("long prompt waits", INK)] * ("long" in kinds) + [("failed", RED)] * ("failed" in kinds)
     for index, (word, colour) in enumerate(words):
-        height = 0.98 - 0.24 * (index + 1) / figure.get_figheight()
+        height = 0.98 - 0.2 * (index + 1) / (axes.get_position().height * figure.get_figheight())
         where: dict[str, Any] = {"transform": axes.transAxes, "ha": "right"}
         axes.text(0.985, height, word, color=colour, weight="bold", size=9, **where)
     axes.set_ylim(len(times), -1)
