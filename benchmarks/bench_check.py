@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from cabochon.engine.messages import GenerateRequest, RequestOutput, StepOutput
 from cabochon.engine.sampling_params import SamplingParams
 
 Counts = dict[str, float]
+Group = Callable[[], Iterator[tuple[str, float]]]
 BASELINE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 0.10
 RUNNING, STEPS = 256, 8
@@ -122,7 +123,7 @@ def kv() -> Iterator[tuple[str, float]]:
     yield "share of used pages without a visible token, 8 chats", float(str(busy["unused_share_mean"]))
 
 
-GROUPS: tuple[Callable[[], Iterator[tuple[str, float]]], ...] = (host, device, engine, kv)
+GROUPS: tuple[Group, ...] = (host, device, engine, kv)
 
 
 @contextmanager
@@ -145,9 +146,15 @@ def _add(core: EngineCore, seed: int, prompt_tokens: int, output_tokens: int) ->
     return name
 
 
-def count() -> Counts:
-    """All checks."""
-    return {name: round(value, 4) for group in GROUPS for name, value in group()}
+def count(groups: Sequence[Group]) -> Counts:
+    """The counts of some groups, by name."""
+    return {name: round(value, 4) for group in groups for name, value in group()}
+
+
+def read(path: Path) -> Counts:
+    """A baseline."""
+    found: Counts = json.loads(path.read_text())
+    return found
 
 
 def judge(found: Counts, baseline: Counts) -> list[str]:
@@ -168,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--update", action="store_true", help="the counts of now are the baseline")
     p.add_argument("--baseline", type=Path, default=BASELINE)
     args = p.parse_args(argv)
-    found = count()
+    found = count(GROUPS)
     if args.update:
         args.baseline.write_text(json.dumps(found, indent=2) + "\n")
         return 0
-    baseline = json.loads(args.baseline.read_text())
+    baseline = read(args.baseline)
     for name, value in found.items():
         change = f"{value / baseline[name] - 1:+.1%}" if name in baseline else "new"
         print(f"{value:12.4f}  {change:>7}  {name}")
