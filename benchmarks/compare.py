@@ -20,6 +20,7 @@ below. Memory is of all processes of a peer, after its rounds.
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -233,4 +234,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # peers end with us
     main()

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -255,4 +256,5 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the server ends with us
     main()
