@@ -167,11 +167,12 @@ class Tuner:
             )
 
     def _retry_interrupted(self) -> None:
-        """A run that was killed left a trial open: it is closed, and its options come first."""
+        """The options of a trial that was cut short come first. It is still open if the run was killed."""
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
+        trials = self.study.trials
+        if trials and trials[-1].state == TrialState.FAIL and trials[-1].params:
+            self.study.enqueue_trial(trials[-1].params)
 
 
 def on_server(args: argparse.Namespace) -> Measure:

@@ -86,6 +86,15 @@ def test_a_search_goes_on_where_it_ended_and_repeats_what_was_cut_short(tmp_path
     assert run(tmp_path, Machine(), trials=6).study.best_value == tuner.study.best_value
 
 
+def test_a_trial_that_a_killed_run_left_open_is_repeated(tmp_path: Path) -> None:
+    tuner = run(tmp_path, Machine(), trials=1)
+    trial = tuner.study.ask()
+    params = {name: trial.suggest_categorical(name, values) for name, values in tuner.space.items()}
+    after = run(tmp_path, Machine(), trials=2).study.trials
+    assert [one.state for one in after[1:2]] == [TrialState.FAIL]
+    assert after[2].params == params
+
+
 def test_a_study_has_one_load_and_one_space(tmp_path: Path) -> None:
     run(tmp_path, Machine(), trials=2)
     with pytest.raises(
