@@ -19,6 +19,7 @@ below. Memory is of all processes of a peer, after its rounds.
 """
 
 import argparse
+import json
 import os
 import signal
 import statistics
@@ -92,28 +93,34 @@ class Comparison:
         """Rounds of processes that stay: each peer in turn, with the same prompts."""
         with ExitStack() as stack:
             excluded = set.intersection(*(set(one.excluded) for one in workloads.values()))
-            wanted = [name for name in self.args.peers if name not in excluded]
-            peers = {name: peer for name in wanted if (peer := self._start(name, model)) is not None}
-            for peer in peers.values():
-                stack.callback(peer.close)
+            peers: dict[str, Peer] = {}
+            for name in [name for name in self.args.peers if name not in excluded]:
+                if (peer := self._start(name, model)) is not None:
+                    stack.callback(peer.close)
+                    peers[name] = peer
             for number in tqdm(range(self.args.rounds + 1), unit="round", disable=None, leave=False):
-                for workload_name, workload in workloads.items():
-                    prompts = self._prompts(workload)
-                    for name in [name for name in peers if name not in workload.excluded]:
-                        others = [peer for other, peer in peers.items() if other != name]
-                        try:
-                            figures = measure(peers[name], others, workload, prompts)
-                        except PeerFailed as failure:
-                            peers.pop(name).close()
-                            self._emit({"workload": workload_name, "peer": name, "skipped": str(failure)})
-                            continue
-                        if number:
-                            row: Row = {"workload": workload_name, "peer": name, "round": number, **figures}
-                            self._emit({**row, **_shape(workload), "versions": peers[name].versions})
+                for workload_name in workloads:
+                    self._round(number, workload_name, peers)
             for name, peer in peers.items():
                 held = {key.replace("bytes", "mib"): size >> 20 for key, size in peer.memory_bytes().items()}
-                row = {"workload": f"memory {model}", "peer": name, "round": 1, **held}
+                row: Row = {"workload": f"memory {model}", "peer": name, "round": 1, **held}
                 self._emit({**row, "versions": peer.versions})
+
+    def _round(self, number: int, workload_name: str, peers: dict[str, Peer]) -> None:
+        """Each peer once, with the same prompts; one that fails leaves `peers`."""
+        workload = WORKLOADS[workload_name]
+        prompts = self._prompts(workload)
+        for name in [name for name in peers if name not in workload.excluded]:
+            others = [peer for other, peer in peers.items() if other != name]
+            try:
+                figures = measure(peers[name], others, workload, prompts)
+            except PeerFailed as failure:
+                peers.pop(name).close()
+                self._emit({"workload": workload_name, "peer": name, "skipped": str(failure)})
+                continue
+            if number:
+                row: Row = {"workload": workload_name, "peer": name, "round": number, **figures}
+                self._emit({**row, **_shape(workload), "versions": peers[name].versions})
 
     def _starts(self, workload_name: str, workload: Workload) -> None:
         out: set[str] = set()
@@ -154,8 +161,10 @@ def command_of(name: str, model: str, args: argparse.Namespace) -> list[str]:
     script = SCRIPTS / SCRIPT_OF.get(name, "run_cabochon.py")
     python = sys.executable if name in OURS else venvs.python_of(name, args.home, args.torch_index)
     path = models.path_of("gguf" if name == LLAMA else model, args.home)
-    quantization = ', "quantization": "int8"' if name == "cabochon-int8" else ""
-    return [str(python), str(script), f'{{"model": "{path}", "threads": {args.threads}{quantization}}}']
+    options: Row = {"model": str(path), "threads": args.threads}
+    if name == "cabochon-int8":
+        options["quantization"] = "int8"
+    return [str(python), str(script), json.dumps(options)]
 
 
 def measure(peer: Peer, others: Sequence[Peer], workload: Workload, prompts: list[list[int]]) -> Figures:
