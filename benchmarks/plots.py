@@ -58,7 +58,7 @@ def arms(rows: Sequence[Row]) -> Figure | None:
     rounds = [
         row
         for row in rows
-        if "round" in row and "output_tok_per_s" in row and row.get("benchmark") != "serving"
+        if "round" in row and "output_tok_per_s" in row and row.get("benchmark") not in ("serving", "compare")
     ]
     key = next((key for key in ARM_KEYS if rounds and all(key in row for row in rounds)), None)
     if key is None:

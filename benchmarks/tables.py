@@ -158,6 +158,25 @@ def serving(rows: Sequence[Row]) -> list[str]:
     return _table(head, cells)
 
 
+def peers(rows: Sequence[Row]) -> list[str]:
+    """`compare.py`: each figure of each engine, and ours over it."""
+    cells = []
+    for row in _summaries(rows):
+        what, unit = PEER_FIGURES[row["summary"]]
+        low, high = row["min_max"]
+        ratio = row.get("ratios", {}).get("cabochon", {})
+        cells.append(
+            (
+                f"{row['workload']}: {what}",
+                _code(row["peer"]),
+                f"{row['median']:,.4g} {unit} ({low:,.4g}, {high:,.4g})",
+                _ratio(ratio, 2) if ratio.get("ratio") else "",
+            )
+        )
+    head = ("workload", "engine", f"median of {_rounds(rows)} (lowest, highest)", "cabochon ÷ it")
+    return _table(head, cells)
+
+
 def fp8_quality(rows: Sequence[Row]) -> list[str]:
     """`fp8_quality.py`: a line for each approximation."""
     cells = [
@@ -174,6 +193,13 @@ def fp8_quality(rows: Sequence[Row]) -> list[str]:
     return _table(("", "KL, mean (nats)", "KL, 99th percentile", "same likeliest token", exact), cells)
 
 
+PEER_FIGURES = {
+    "output_tok_per_s": ("output", "tok/s"),
+    "decode_tok_per_s": ("decode", "tok/s"),
+    "ttft_ms": ("first token", "ms"),
+    "ready_s": ("ready", "s"),
+    "pss_mib": ("memory (PSS)", "MiB"),
+}
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "offline": offline,
     "lora": lora,
@@ -185,6 +211,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "latency": latency,
     "serving": serving,
     "fp8-quality": fp8_quality,
+    "peers": peers,
 }
 
 

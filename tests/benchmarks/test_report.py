@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import report
@@ -91,6 +92,20 @@ def test_a_table_is_made_of_the_files_that_its_marker_names(results: Path) -> No
     assert tables.fill(filled, results) == filled
     with pytest.raises(ValueError, match="got nothing: correct the marker"):
         tables.fill(document.replace("table: offline", "table: nothing"), results)
+
+
+def test_a_table_of_peers_has_each_engine_and_our_ratio() -> None:
+    about = {"summary": "ttft_ms", "workload": "decode", "rounds": 2}
+    theirs = {"ratios": {"cabochon": {"ratio": 0.5, "ratio_min_max": [0.4, 0.6]}}}
+    rows: list[dict[str, Any]] = [
+        {"round": 2, "workload": "decode", "peer": "cabochon", "ttft_ms": 50.0},
+        {**about, "peer": "cabochon", "median": 50.0, "min_max": [49.0, 51.0]},
+        {**about, "peer": "generate_batch", "median": 100.0, "min_max": [90.0, 1234.0], **theirs},
+    ]
+    assert tables.peers(rows)[2:] == [
+        "| decode: first token | cabochon | 50 ms (49, 51) |  |",
+        "| decode: first token | `generate_batch` | 100 ms (90, 1,234) | 0.50 (0.40, 0.60) |",
+    ]
 
 
 def test_a_serving_table_has_a_line_for_each_stage(results: Path) -> None:
