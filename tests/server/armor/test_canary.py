@@ -92,7 +92,7 @@ def bodies() -> list[tuple[str, Any]]:
     ]
 
 
-def ask_all(server: ArmoredServer, key: str = "") -> list[httpx.Response]:
+def ask_all(server: ArmoredServer, key: str = "none") -> list[httpx.Response]:
     """Each body whole and as a stream, and one that is no JSON."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     answers = [

@@ -16,7 +16,6 @@ BUDGET_S = 0.3  # of a call; the whole check has 0.45 s
 WORDS = [f"w{number:02}" for number in range(90)]
 PLACES = {"first": 1, "middle": 45, "last": 89}  # of the struck word in prompt and answer
 POLICIES = ("closed", "open")
-CLEAN = ("slow latency=0.05", "drain")  # a verdict comes in time
 UNCHECKED = (
     "slow latency=0.4",
     "hang",
@@ -31,7 +30,7 @@ UNCHECKED = (
     "unknown_filter",
     *STATUSES,
 )
-OF_THE_CONNECTION = ("reset", "goaway", "drain")  # they end other calls as well
+OF_THE_CONNECTION = ("reset", "goaway")  # they end other calls as well
 Bodies = dict[str, tuple[dict[str, Any], str]]
 STRUCK, REFUSED = "struck", "refused"  # words that a fault looks for, in an answer and in a prompt
 
@@ -161,17 +160,28 @@ def test_without_a_verdict_nothing_passes_or_all_does_as_the_policy_says(
     server.check_idle()
 
 
-@pytest.mark.parametrize("fault", CLEAN)
-def test_what_is_only_late_or_drains_its_connection_changes_no_answer(
-    server: ArmoredServer, emulator: Heard, bodies: Bodies, fault: str
+def test_a_verdict_that_is_late_but_in_time_changes_no_answer(
+    server: ArmoredServer, emulator: Heard, bodies: Bodies
 ) -> None:
-    strike(emulator, fault)
-    found = run_all(server, bodies, together=fault not in OF_THE_CONNECTION)
+    strike(emulator, "slow latency=0.05")
+    found = run_all(server, bodies, together=False)
     approved = emulator.passed("response")
     for got, whole in found.values():
         assert (got.status, got.text, got.events[-1]) == (200, whole, None)
         assert check_approved(got, whole, approved) == len(whole)
     server.check_idle()
+
+
+@pytest.mark.parametrize("place", ["middle", "last"])
+def test_a_connection_that_the_service_drains_changes_no_answer(
+    server: ArmoredServer, emulator: Heard, bodies: Bodies, place: str
+) -> None:
+    strike(emulator, "drain")
+    body, whole = bodies[place]
+    got = server.exchange(body)
+    assert (got.status, got.text, got.events[-1]) == (200, whole, None)
+    assert "drain" in {call.fault for call in emulator.emulator.calls}
+    assert check_approved(got, whole, emulator.passed("response")) == len(whole)
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "goaway"])

@@ -34,7 +34,7 @@ def emulator() -> Iterator[Heard]:
 
 @pytest.fixture(scope="module")
 def server(emulator: Heard, tiny_gemma2_dir: Path) -> Iterator[RealServer]:
-    options = {**TINY, **ARMOR, "armor_endpoint": emulator.address, "armor_insecure": "true"}
+    options = {**TINY, **ARMOR, "armor_endpoint": emulator.address, "armor_insecure": True}
     with RealServer(tiny_gemma2_dir, log_level="debug", **options) as real:
         yield real
 
@@ -128,7 +128,8 @@ def test_blocked_answers_and_outages_of_many_streams_leave_no_page(
             except openai.APIError as error:
                 ends.append(error.code)
     assert set(ends) <= {"length", "guardrail_unavailable"}
-    assert "guardrail_unavailable" in ends
+    assert ends.count("guardrail_unavailable") >= 2
+    assert "length" in ends
     wait_until_idle(server)
 
 
@@ -142,7 +143,7 @@ def test_neither_log_nor_metrics_have_the_text_of_a_prompt(server: RealServer) -
 @pytest.mark.slow  # a server of its own, and 10 s until it asks again
 def test_a_template_that_is_not_there_fails_readiness_until_it_is(tiny_gemma2_dir: Path) -> None:
     with Heard(templates=[f"{PROMPT_TEMPLATE}:csam"]) as emulator:
-        options = {**TINY, **ARMOR, "armor_endpoint": emulator.address, "armor_insecure": "true"}
+        options = {**TINY, **ARMOR, "armor_endpoint": emulator.address, "armor_insecure": True}
         with RealServer(tiny_gemma2_dir, **options) as server:
             told = server.http.get("/health")
             assert told.status_code == 503
