@@ -22,6 +22,7 @@ FAULTS = (
     "unavailable", "invalid_argument", "internal", "cancelled", "malformed", "empty", "partial",
     "unknown_filter", "unknown_enum", "reset", "hang",
 )  # fmt: skip
+KEY = {"Authorization": f"Bearer {CANARY}"}
 OPEN = {"Authorization": "Bearer open"}
 
 
@@ -141,7 +142,7 @@ def test_the_word_is_in_no_log_metric_span_or_error(
             answers += ask_all(server, "open")
             for wrong in (CANARY, f"keys: [{CANARY}", f"keys: [{{name: a, key: {CANARY}, mode: {CANARY}}}]"):
                 path.write_text(wrong)
-                answers.append(server.complete("hello", headers={"Authorization": f"Bearer {CANARY}"}))
+                answers.append(server.post(COMPLETIONS, {"prompt": "hello", "max_tokens": 2}, headers=KEY))
             metrics = server.http.get("/metrics").text
             assert server.http.get("/health").status_code == 200
         spans = b"".join(body for _, _, body in collector.requests)
