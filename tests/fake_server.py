@@ -30,6 +30,7 @@ from cabochon.server.service import Service
 from cabochon.server.tracing import start_tracing
 
 if TYPE_CHECKING:
+    from cabochon.server.armor.config import ArmorConfig
     from cabochon.server.spans import Tracing
 
 TOKENIZER = tiny_tokenizer()
@@ -57,7 +58,21 @@ def fake_app(engine: FakeEngine | None = None, **options: Any) -> FastAPI:
 
 
 class _QuickServer(uvicorn.Server):
-    """Looks for its end every 5 ms instead of 100."""
+    """Looks for its end every 5 ms instead of 100. `guard`: of its service, begun on its loop."""
+
+    guard: "tuple[Service, ArmorConfig] | None" = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.guard is not None:
+            from cabochon.server.armor.start import start_guard  # its package is optional
+
+            await start_guard(*self.guard)
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.guard is not None:
+            await self.guard[0].close()
 
     async def main_loop(self) -> None:
         while not self.should_exit:
@@ -67,8 +82,13 @@ class _QuickServer(uvicorn.Server):
 class LiveServer:
     """uvicorn in a thread, with the engine and the service within reach."""
 
-    def __init__(self, around: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any) -> None:
-        """around: what the app is mounted in. options: of fake_service."""
+    def __init__(
+        self,
+        around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+        armor: "ArmorConfig | None" = None,
+        **options: Any,
+    ) -> None:
+        """around: what the app is mounted in. armor: with a guard. options: of fake_service."""
         self.service = fake_service(**options)
         assert isinstance(self.service.engine, FakeEngine)
         self.engine = self.service.engine
@@ -77,6 +97,7 @@ class LiveServer:
         self._server = _QuickServer(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="off")
         )
+        self._server.guard = None if armor is None else (self.service, armor)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> "LiveServer":

@@ -27,9 +27,12 @@ class RealServer:
     """A child that is ready when the context begins, and gone with its engine when it ends."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        """options: of `cabochon serve`, e.g. kv_cache_gib=0.3."""
+        """options: of `cabochon serve`, e.g. kv_cache_gib=0.3; True for a switch."""
         given = {"model": model, "port": 0, "threads": 1, **options}
-        self._flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        self._flags = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in given.items()
+        ]
         self._folder = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> "RealServer":
