@@ -16,7 +16,7 @@ GPU_CHECK_ARGS ?=
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve serve-ray test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline gpu-check gpu-wheels clean
+.PHONY: help serve serve-ray test test-slow clients gateway-tools check format lint types system-packages screenshot bench-offline report gpu-check gpu-wheels clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -74,6 +74,9 @@ types: $(STAMP) ## mypy, strict
 
 bench-offline: $(STAMP) ## Throughput of the engine beside transformers' generate_batch
 	$(BIN)/python benchmarks/offline.py
+
+report: $(STAMP) ## Plots of all results into build/report/index.html, and the tables of the documents
+	$(BIN)/python benchmarks/report.py --out build/report --tables docs/performance.md benchmarks/README.md
 
 gpu-check: ## Checks and benchmarks on an NVIDIA GPU with this machine's python3, under nine minutes
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

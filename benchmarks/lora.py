@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from offline import DTYPES, emit, environment, measure, new_prompts
+from machine import emit, environment
+from offline import DTYPES, measure, new_prompts
 from safetensors.torch import save_file
 
 from cabochon.engine.adapters.adapter import PARTS, linear_shapes

@@ -9,18 +9,15 @@ machine, ratios hold.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from machine import emit, environment
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cabochon.engine.llm import LLM
@@ -69,31 +66,6 @@ def measure(run: Provider, prompts: Prompts, output_tokens: int) -> float:
     made = run(prompts, output_tokens)
     assert made == len(prompts) * output_tokens, f"{made} tokens: every request must give all of its output"
     return made / (time.perf_counter() - started_s)
-
-
-def environment() -> dict[str, object]:
-    """All that a reader needs to repeat a row: written into every one."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "commit": commit,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def emit(row: dict[str, object], out: Path | None) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
-    if out is not None:
-        with out.open("a") as file:
-            file.write(line + "\n")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from offline import emit, environment
+from machine import emit, environment
 
 POLL_S = 0.01
 DEADLINE_S = 600.0

@@ -18,20 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from offline import emit, environment
+from load.workloads import STONES
+from machine import emit, environment
 
-STONE = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 30},
-        "colour": {"enum": ["red", "green", "blue", "white"]},
-        "carats": {"type": "number", "minimum": 0, "maximum": 100},
-        "cuts": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
-    },
-    "required": ["name", "colour", "carats", "cuts"],
-    "additionalProperties": False,
-}
-STONES = {"type": "array", "items": STONE, "minItems": 1000}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"ignore_eos": True},
     "schema": {"structured_outputs": {"json": STONES}},

@@ -236,8 +236,8 @@ async def _connect(target: Target) -> tuple[asyncio.StreamReader, asyncio.Stream
 
 
 def _request(target: Target, method: str, path: str, body: Any, with_key: bool) -> bytes:
-    """As the picker asks: no Accept header. Bodies in JSON."""
-    content = b"" if body is None else json.dumps(body).encode()
+    """As the picker asks: no Accept header. Bodies in JSON; bytes are that already."""
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", f"Host: {target.url.partition('://')[2]}"]
     if target.key is not None and with_key:
         lines.append(f"Authorization: Bearer {target.key}")

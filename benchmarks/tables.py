@@ -1,0 +1,215 @@
+"""Tables of documents, from result files: what stands between two markers is written here and by nobody else.
+
+    <!-- table: offline offline-epyc-2026-11-24.jsonl -->
+    ...
+    <!-- end of table -->
+
+The first word names the table, the others its files in `results/`.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+)+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def read(path: Path) -> list[Row]:
+    """Its rows, each with the name of the file."""
+    return [{**json.loads(line), "file": path.name} for line in path.read_text().splitlines() if line.strip()]
+
+
+def fill(document: str, results: Path = RESULTS) -> str:
+    """The document with every marked table made anew. Raises ValueError for a table that does not exist."""
+
+    def table(found: re.Match[str]) -> str:
+        begin, name, files, end = found.groups()
+        if name not in TABLES:
+            raise ValueError(f"a table must be one of {', '.join(TABLES)}, got {name}: correct the marker")
+        rows = [row for file in files.split() for row in read(results / file)]
+        return "\n".join([begin.rstrip("\n"), *TABLES[name](rows), end])
+
+    return MARKED.sub(table, document)
+
+
+def offline(rows: Sequence[Row]) -> list[str]:
+    """`offline.py`: each engine, and the ratio of the rounds."""
+    (summary,) = _summaries(rows)
+    providers = dict.fromkeys(row["provider"] for row in rows if "provider" in row)
+    cells = [(_code(name), f"{summary[name]:.0f}") for name in providers]
+    cells.append(("ratio, median (lowest, highest)", _ratio(summary, 2)))
+    return _table(("", f"output tok/s, median of {_rounds(rows)}"), cells)
+
+
+def lora(rows: Sequence[Row]) -> list[str]:
+    """`lora.py`: a line for each file."""
+    cells = [
+        (f"{row['rank']}", f"`results/{row['file']}`", f"{row['base']:.0f}", _ratio(row, 2))
+        for row in _summaries(rows)
+    ]
+    ratio = f"ratio with adapters, median of {_rounds(rows)} (lowest, highest)"
+    return _table(("rank", "file", "base, output tok/s", ratio), cells)
+
+
+def structured(rows: Sequence[Row]) -> list[str]:
+    """`structured.py`: without and with a schema."""
+    (summary,) = _summaries(rows)
+    cells = [
+        ("without a schema", f"{summary['plain']:.0f}"),
+        ("with one", f"{summary['schema']:.0f}"),
+        ("ratio, median (lowest, highest)", _ratio(summary, 2)),
+    ]
+    return _table(("", f"output tok/s, median of {_rounds(rows)}"), cells)
+
+
+def startup(rows: Sequence[Row]) -> list[str]:
+    """`startup.py`: medians of all starts."""
+    (summary,) = _summaries(rows)
+    median = {name.removeprefix("median_"): value for name, value in summary.items()}
+    gaps = f"{median['longest_gap_ms']:.0f} ms ({median['usual_gap_ms']:.0f} ms)"
+    cells = [
+        ("`cabochon serve` to the first 200 of `/health`", f"{median['ready_s']:.1f} s"),
+        ("first structured answer, beside the stream", f"{median['structured_s']:.1f} s"),
+        ("longest time between two tokens of the stream (median of all)", gaps),
+        ("engine process, resident once ready", f"{median['engine_resident_mib']:,.0f} MiB"),
+        ("its peak while loading ÷ resident", f"{median['peak_over_resident']:.2f}"),
+        ("process that has read the tokenizer for grammars", f"{median['grammar_resident_mib']:,.0f} MiB"),
+        ("server process", f"{median['server_resident_mib']:,.0f} MiB"),
+    ]
+    starts = sum("start" in row for row in rows)
+    return _table(("", f"median of {starts}"), cells)
+
+
+def step_overhead(rows: Sequence[Row]) -> list[str]:
+    """`step_overhead.py`: median of runs, lowest and highest."""
+    cells = []
+    for size in sorted({row["running"] for row in rows}):
+        of_size = [row for row in rows if row["running"] == size]
+        names = [f"{part}_{percent}_ms" for part in ("prepare", "results") for percent in ("p50", "p99")]
+        cells.append((f"{size}", *(_spread([row[name] for row in of_size]) for name in names)))
+    head = ("running", "prepare, p50 (ms)", "prepare, p99", "results, p50", "results, p99")
+    return _table(head, cells)
+
+
+def memory(rows: Sequence[Row]) -> list[str]:
+    """`memory.py`: KV bytes of one sequence, and what a busy engine leaves unused of its pages."""
+    busy = {row["model"]: row for row in rows if row.get("case") == "busy"}
+    sequences = [row for row in rows if row.get("case") == "sequence"]
+    cells = []
+    for model, row in busy.items():
+        longest = max((one for one in sequences if one["model"] == model), key=lambda one: one["tokens"])
+        cells.append(
+            (
+                "Gemma 3 270M (demo)" if model == "demo" else f"Gemma 2 {model.upper()}",
+                f"{longest['tokens']:,}",
+                f"{longest['kv_bytes'] / 2**20:,.0f} MiB",
+                f"{longest['saved_share'] * 100:.1f} %",
+                f"{row['unused_share_mean'] * 100:.1f} % ({row['unused_share_max'] * 100:.1f} %)",
+            )
+        )
+    head = ("", "tokens", "KV of one sequence", "less than full tables", "unused in used pages, mean (max)")
+    return _table(head, cells)
+
+
+def processes(rows: Sequence[Row]) -> list[str]:
+    """`memory.py --processes`."""
+    cells = [
+        (row["process"], row["when"], f"{row['rss_mib']:,} MiB", f"{row['pss_mib']:,} MiB")
+        for row in rows
+        if row.get("case") == "processes"
+    ]
+    return _table(("process", "when", "resident (RSS)", "proportional (PSS)"), cells)
+
+
+def latency(rows: Sequence[Row]) -> list[str]:
+    """`latency.py`: a line for each case."""
+    cells = []
+    for row in _summaries(rows):
+        is_first = row["case"] == "ttft"
+        what = f"first token, prompt of {row['prompt_tokens']:,}" if is_first else f"a step of {row['batch']}"
+        low, high = row["ms_min_max"]
+        cells.append((what, f"{row['ms']:.0f} ms ({low:.0f}, {high:.0f})"))
+    return _table(("", f"median of {_rounds(rows)} (lowest, highest)"), cells)
+
+
+def serving(rows: Sequence[Row]) -> list[str]:
+    """`serving.py`: a line for each stage or arm."""
+    cells = []
+    for row in _summaries(rows):
+        if "ttft_p50_ms" not in row:  # the ratio of head-of-line
+            continue
+        names = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
+        load = f"{row['rate']:g} req/s" if "rate" in row else f"{row.get('concurrency', 'trace')} at once"
+        cells.append(
+            (
+                ", ".join(part for part in (load, row.get("arm", "")) if part),
+                f"{row['output_tok_per_s']:,.0f}",
+                *(f"{row[name]:,.0f}" for name in names),
+                f"{row['slo_met'] * 100:.0f} %",
+                f"{row['client_cpu_share'] * 100:.0f} %",
+            )
+        )
+    head = ("load", "output tok/s", "TTFT p50 (ms)", "p99", "ITL p50 (ms)", "p99", "SLO met", "client's CPU")
+    return _table(head, cells)
+
+
+def fp8_quality(rows: Sequence[Row]) -> list[str]:
+    """`fp8_quality.py`: a line for each approximation."""
+    cells = [
+        (
+            row["variant"],
+            f"{row['kl_mean']:.2g}",
+            f"{row['kl_p99']:.2g}",
+            f"{row['same_top1'] * 100:.1f} %",
+            f"{row['perplexity']:.2f}",
+        )
+        for row in rows
+    ]
+    exact = f"perplexity (fp32: {rows[0]['perplexity_fp32']:.2f})"
+    return _table(("", "KL, mean (nats)", "KL, 99th percentile", "same likeliest token", exact), cells)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "offline": offline,
+    "lora": lora,
+    "structured": structured,
+    "startup": startup,
+    "step-overhead": step_overhead,
+    "memory": memory,
+    "processes": processes,
+    "latency": latency,
+    "serving": serving,
+    "fp8-quality": fp8_quality,
+}
+
+
+def _summaries(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "summary" in row]
+
+
+def _rounds(rows: Sequence[Row]) -> int:
+    return max(int(row["round"]) for row in rows if "round" in row)
+
+
+def _ratio(row: Row, digits: int) -> str:
+    low, high = row["ratio_min_max"]
+    return f"{row['ratio']:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}, {max(values):.2f})"
+
+
+def _code(name: str) -> str:
+    """transformers `generate_batch`: names of functions in code."""
+    return re.sub(r"\b\w+_\w+\b", r"`\g<0>`", name)
+
+
+def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *cells]
+    return ["| " + " | ".join(line) + " |" for line in lines]

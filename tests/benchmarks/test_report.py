@@ -1,0 +1,114 @@
+"""Plots and tables from small files of results; what the documents quote is what the files say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import report
+import tables
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ENV = {"commit": "abc", "cpu": "A CPU", "cores": 2, "model": "demo"}
+
+
+def write(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("\n".join(json.dumps({**row, **ENV}) for row in rows))
+    return path
+
+
+def ramp(rate: float) -> dict[str, object]:
+    figures = {f"{name}_p{p}_ms": 10.0 * rate * p for name in ("ttft", "itl") for p in (50, 99)}
+    return {
+        "summary": "median of 1",
+        "benchmark": "serving",
+        "arrivals": "ramp",
+        "workload": "fixed",
+        "rate": rate,
+        "prompt_tokens": 8,
+        "output_tokens": 4,
+        "output_tok_per_s": 4 * rate,
+        **figures,
+        "spread": {name: [value, value] for name, value in figures.items()},
+        "saturated": rate > 1,
+        "ttft_curve_ms": [[0, 1.0], [50, 2.0 * rate], [100, 5.0 * rate]],
+        "slo_met": 0.5,
+        "client_cpu_share": 0.1,
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    peers = [
+        {"provider": name, "round": n, "output_tok_per_s": rate + n, "seqs": 2}
+        for n in (1, 2, 3)
+        for name, rate in (("cabochon", 20), ("other_engine", 10))
+    ]
+    ratio = {"ratio": 1.83, "ratio_min_max": [1.8, 1.9]}
+    write(
+        tmp_path / "offline.jsonl", *peers, {"summary": "", "cabochon": 22.0, "other_engine": 12.0, **ratio}
+    )
+    failed = [0.2, 0.2, None, 0.3, "http 429"]
+    timeline = [[0.0, 0.0, 0.1, 0.5, "short"], [0.1, 0.1, 0.4, 0.6, "long"], failed]
+    write(tmp_path / "serving.jsonl", ramp(1), ramp(2), {**ramp(1), "summary": "", "timeline": timeline})
+    kernel = {"kernel": "rms_norm", "device": "GPU"}
+    ours = {**kernel, "provider": "ours", "median_ms": 1, "share_of_copy": 0.9}
+    write(tmp_path / "kernels.jsonl", ours, {**kernel, "provider": "eager", "share_of_copy": 0.3})
+    return tmp_path
+
+
+def test_every_result_has_its_picture_and_the_page_needs_no_other_file(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report.main([*map(str, sorted(results.glob("*.jsonl"))), "--out", str(out)])
+    names = {path.stem for path in out.glob("*.png")}
+    of_serving = {f"serving-{name}" for name in ("throughput-latency", "ttft", "timeline")}
+    assert names == {"offline-rounds", "kernels-roofline", *of_serving}
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(names)
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    first = (out / "serving-ttft.png").read_bytes()
+    report.main([str(results / "serving.jsonl"), "--out", str(out)])
+    assert (out / "serving-ttft.png").read_bytes() == first, "equal rows give equal bytes"
+
+
+def test_what_was_not_measured_has_no_plot(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.jsonl", {"kernel": "geglu", "provider": "ours", "absent": True}, ramp(1))
+    assert [one.stem for one in report.draw(tables.read(path), tmp_path / "out")] == ["one-ttft"]
+
+
+def test_a_table_is_made_of_the_files_that_its_marker_names(results: Path) -> None:
+    document = "before\n<!-- table: offline offline.jsonl -->\nold\n<!-- end of table -->\nafter\n"
+    filled = tables.fill(document, results)
+    assert filled.splitlines()[2:7] == [
+        "|  | output tok/s, median of 3 |",
+        "| --- | --- |",
+        "| cabochon | 22 |",
+        "| `other_engine` | 12 |",
+        "| ratio, median (lowest, highest) | 1.83 (1.80, 1.90) |",
+    ]
+    assert filled.replace("\n".join(filled.splitlines()[2:7]), "old") == document
+    assert tables.fill(filled, results) == filled
+    with pytest.raises(ValueError, match="got nothing: correct the marker"):
+        tables.fill(document.replace("table: offline", "table: nothing"), results)
+
+
+def test_a_serving_table_has_a_line_for_each_stage(results: Path) -> None:
+    lines = tables.serving(tables.read(results / "serving.jsonl"))
+    assert lines[2] == "| 1 req/s | 4 | 500 | 990 | 500 | 990 | 50 % | 10 % |"
+
+
+@pytest.mark.parametrize("name", ["docs/performance.md", "benchmarks/README.md"])
+def test_documents_say_what_the_results_say(name: str) -> None:
+    """If not: python benchmarks/report.py --tables docs/performance.md benchmarks/README.md."""
+    document = (ROOT / name).read_text()
+    assert tables.MARKED.search(document)
+    assert tables.fill(document) == document
+
+
+def test_the_readme_names_every_benchmark() -> None:
+    text = (BENCHMARKS / "README.md").read_text()
+    programs = [path for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(programs) > 10
+    for path in programs:
+        assert f"`{path.name}`" in text, path.name
