@@ -98,9 +98,9 @@ def test_a_serving_table_has_a_line_for_each_stage(results: Path) -> None:
     assert lines[2] == "| 1 req/s | 4 | 500 | 990 | 500 | 990 | 50 % | 10 % |"
 
 
-@pytest.mark.parametrize("name", ["docs/performance.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", ["docs/performance.md", "docs/model-armor.md", "benchmarks/README.md"])
 def test_documents_say_what_the_results_say(name: str) -> None:
-    """If not: python benchmarks/report.py --tables docs/performance.md benchmarks/README.md."""
+    """If not: python benchmarks/report.py --tables docs/*.md benchmarks/README.md."""
     document = (ROOT / name).read_text()
     assert tables.MARKED.search(document)
     assert tables.fill(document) == document
