@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, server: Target, control: Target, args: argparse.Namespace) -> None:
         self.args = args
         self.about = {"benchmark": "armor", "model": args.model, **environment()}
+        self._server = server
         self._control = control
         self._rng = random.Random(args.seed)
         self._numbers = count(1)
@@ -93,6 +94,12 @@ class Bench:
         if answer.status != 200:
             raise RuntimeError(f"the emulator must take the latency {seconds}, got {answer.status}")
 
+    async def waited_ms(self) -> float:
+        """All that first tokens which were ready have waited for verdicts, says the server."""
+        text = (await ask(self._server, "GET", "/metrics")).body.decode()
+        (seconds,) = re.findall(r"^cabochon:guard_ttft_added_seconds_sum (\S+)$", text, re.MULTILINE)
+        return float(seconds) * 1e3
+
     @asynccontextmanager
     async def counted(self, calls: dict[str, int]) -> AsyncIterator[None]:
         """Adds to `calls`, by method, those made inside."""
@@ -112,7 +119,10 @@ async def ttft(bench: Bench) -> None:
     arms = ("unguarded", "prompt")
     pairs: list[dict[str, float]] = []
     calls: dict[str, int] = {}
+    waited_ms = 0.0
     for number in range(-args.warm_up, args.pairs):
+        if number == 0:
+            waited_ms = await bench.waited_ms()
         times: dict[str, float] = {}
         for arm in arms[:: 1 if number % 2 else -1]:
             async with bench.counted(calls):
@@ -123,12 +133,14 @@ async def ttft(bench: Bench) -> None:
             row = {f"{arm}_ms": round(value, 2) for arm, value in times.items()}
             emit({"case": "ttft", "pair": number, **row, **bench.about}, args.out)
     expect(calls["SanitizeUserPrompt"], args.pairs + args.warm_up, "a check for each guarded prompt")
+    waited_ms = await bench.waited_ms() - waited_ms
     added = [pair["prompt"] - pair["unguarded"] for pair in pairs]
     quartiles = statistics.quantiles(added, n=4)
     summary = {f"{arm}_ms": round(statistics.median(pair[arm] for pair in pairs), 2) for arm in arms}
     summary |= {
         "added_ms": round(statistics.median(added), 2),
         "added_quartiles_ms": [round(quartiles[0], 2), round(quartiles[2], 2)],
+        "waited_for_verdict_mean_ms": round(waited_ms / args.pairs, 3),
     }
     shape = {"prompt_tokens": record.prompt_tokens, "check_ms": args.check_s * 1e3, "pairs": args.pairs}
     emit({"case": "ttft", "summary": "medians", **summary, **shape, **bench.about}, args.out)

@@ -184,6 +184,7 @@ def armor_ttft(rows: Sequence[Row]) -> list[str]:
             f"{row['unguarded_ms']:.0f} ms",
         ),
         (f"prompt checked, {row['check_ms']:.0f} ms away", f"{row['prompt_ms']:.0f} ms"),
+        ("a ready first token waited for its verdict, mean", f"{row['waited_for_verdict_mean_ms']:.1f} ms"),
         ("difference of a pair (quartiles)", f"{row['added_ms']:.1f} ms ({low:.1f}, {high:.1f})"),
     ]
     return _table(("", f"first token, median of {row['pairs']} pairs"), cells)

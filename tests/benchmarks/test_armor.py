@@ -25,6 +25,7 @@ def test_every_case_is_measured_with_the_guard_at_work(tiny_gemma2_dir: Path, tm
     assert len(pairs) == 3
     assert all(pair["prompt_ms"] >= 200 for pair in pairs), "the answer waited for its check"
     assert ttft["added_ms"] > 100, "a tiny prefill hides little of it"
+    assert ttft["waited_for_verdict_mean_ms"] > 100
     *_, rates = of["throughput"]
     assert min(rates["window"], rates["unguarded"]) > 0
     assert rates["answer_checks_per_stream"] >= 1
