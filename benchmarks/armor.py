@@ -3,8 +3,9 @@
     python benchmarks/armor.py ttft --out FILE          # a prompt's check beside its prefill
     python benchmarks/armor.py throughput --out FILE    # streams in window mode, beside the same unguarded
     python benchmarks/armor.py delay --out FILE         # first text by mode and time of a check
+    python benchmarks/armor.py guard --out FILE         # the same of the guard alone, on text at a steady speed
 
-One server, and `cabochon armor-emulator` in a process of its own, --check-s away. The arms are API keys with
+For the first three, one server, and `cabochon armor-emulator` in a process of its own, --check-s away. The arms are API keys with
 policies of their own: one engine, one moment. They alternate, and no prompt comes twice: neither the prefix
 cache nor a kept verdict helps. That the guard was at work is read from the emulator's counts. Temperature 1,
 EOS ignored. Run nothing else meanwhile.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import count, pairwise
 from pathlib import Path
@@ -30,7 +31,10 @@ from load.client import Client, Record
 from load.workloads import COMPLETIONS
 from machine import emit, environment
 
+from cabochon.server.armor.response_guard import Windows, guarded
+from cabochon.server.armor.verdicts import Mode
 from cabochon.server.gateway.http_client import Target, ask, parse_url
+from cabochon.server.generation import Delta
 
 TEMPLATES = "projects/demo/locations/local/templates"
 ARMS: dict[str, dict[str, Any]] = {  # what their policies change; the options check all, in windows
@@ -44,6 +48,7 @@ WORDS = [
     *("music", "window", "forest", "bridge", "paper", "morning", "copper", "journey", "island", "teacher"),
     *("lantern", "village", "orange", "number", "shadow", "kitchen", "travel", "summer", "thunder", "meadow"),
 ]
+TOKEN_CHARS = 4
 METHODS = ("SanitizeUserPrompt", "SanitizeModelResponse")
 
 
@@ -210,6 +215,58 @@ async def delay(bench: Bench) -> None:
     await bench.set_check_s(args.check_s)
 
 
+async def guard(args: argparse.Namespace) -> None:
+    """No server and no model: text at a steady speed, a sleep for a check, the guard between. All at once."""
+    sizes = [tuple(map(int, size.split(":"))) for size in args.windows]
+    shapes: list[tuple[Mode, tuple[int, ...]]] = [("strict", sizes[0]), *(("window", size) for size in sizes)]
+    about = {"benchmark": "armor", "chars": args.chars, "repeats": args.repeats, **environment()}
+    for speed in args.chars_per_s:
+        cases = [(mode, size, check_s) for mode, size in shapes for check_s in args.check_times]
+        runs = [guard_alone(*case, speed, args.chars) for case in cases for _ in range(args.repeats)]
+        found = await asyncio.gather(*runs)
+        for index, (mode, size, check_s) in enumerate(cases):
+            rows = found[index * args.repeats :][: args.repeats]
+            medians = {name: round(statistics.median(row[name] for row in rows), 1) for name in rows[0]}
+            first = [row["first_text_ms"] for row in rows]
+            shape = {"arm": mode, "windows": list(size), "check_ms": check_s * 1e3, "chars_per_s": speed}
+            spread = {"first_text_min_max_ms": [round(min(first), 1), round(max(first), 1)]}
+            emit({"case": "guard", "summary": "medians", **shape, **medians, **spread, **about}, args.out)
+
+
+async def guard_alone(
+    mode: Mode, size: tuple[int, ...], check_s: float, chars_per_s: float, num_chars: int
+) -> dict[str, float]:
+    """One answer through the guard. Times in ms from its first character's turn."""
+    loop = asyncio.get_running_loop()
+    text = " ".join(random.Random(0).choices(WORDS, k=num_chars))[:num_chars]
+    started_s = loop.time()
+    num_checks = 0
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        for start in range(0, num_chars, TOKEN_CHARS):
+            end = min(start + TOKEN_CHARS, num_chars)
+            await asyncio.sleep(started_s + end / chars_per_s - loop.time())
+            yield Delta(0, text[start:end], 1, 0, "length" if end == num_chars else None, None)
+
+    async def approve(_context: str, unchecked: str) -> str:
+        nonlocal num_checks
+        num_checks += 1
+        await asyncio.sleep(check_s)
+        return unchecked
+
+    shown_s: list[float] = []
+    windows = Windows(first_chars=size[0], max_chars=size[1])
+    async for delta in guarded(deltas(), approve, mode=mode, windows=windows):
+        if delta.text:
+            shown_s.append(loop.time() - started_s)
+    return {
+        "first_text_ms": shown_s[0] * 1e3,
+        "end_ms": shown_s[-1] * 1e3,
+        "longest_gap_ms": max((later - sooner for sooner, later in pairwise(shown_s)), default=0.0) * 1e3,
+        "answer_checks": num_checks,
+    }
+
+
 def expect(found: int, least: int, what: str) -> None:
     """Raises RuntimeError if the emulator was asked less often: then something else was measured."""
     if found < least:
@@ -217,6 +274,7 @@ def expect(found: int, least: int, what: str) -> None:
 
 
 PARTS = {"ttft": ttft, "throughput": throughput, "delay": delay}
+ALL = (*PARTS, "guard")
 
 
 @contextmanager
@@ -251,7 +309,7 @@ def write_policies(path: Path) -> None:
 async def measure(server: Target, control: Target, args: argparse.Namespace) -> None:
     bench = Bench(server, control, args)
     try:
-        for part in args.parts or PARTS:
+        for part in [part for part in PARTS if part in args.parts]:
             await PARTS[part](bench)
     finally:
         bench.close()
@@ -259,6 +317,10 @@ async def measure(server: Target, control: Target, args: argparse.Namespace) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    if "guard" in args.parts:
+        asyncio.run(guard(args))
+    if args.parts == ["guard"]:
+        return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_policies(folder / "policies.yaml")
@@ -280,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all")
+    add("parts", nargs="*", help=f"of {', '.join(ALL)}; none: all")
     add("--model", default="demo", help="demo, a directory or a Hub id")
     add("--check-s", type=float, default=0.25, help="how far the emulator is away (ttft, throughput)")
     add("--pairs", type=int, default=50, help="of ttft")
@@ -290,15 +352,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--streams", type=int, default=16)
     add("--output-tokens", type=int, default=96, help="of throughput")
     add("--rounds", type=int, default=5)
-    add("--check-times", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="seconds, of delay")
+    add("--check-times", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="seconds, of delay and guard")
     add("--delay-tokens", type=int, default=192)
     add("--repeats", type=int, default=3)
+    add("--chars", type=int, default=2000, help="of an answer, for guard")
+    add("--chars-per-s", type=float, nargs="+", default=[200], help="of guard")
+    add("--windows", nargs="+", default=["160:512"], metavar="FIRST:MAX", help="characters, of guard")
     add("--seed", type=int, default=0)
     add("--serve", nargs=argparse.REMAINDER, default=[], help="last: further options of `cabochon serve`")
     add("--out", type=Path)
     args = p.parse_args(argv)
-    if wrong := set(args.parts) - set(PARTS):
-        p.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(sorted(wrong))}")
+    if wrong := set(args.parts) - set(ALL):
+        p.error(f"a part must be one of {', '.join(ALL)}, got {', '.join(sorted(wrong))}")
+    args.parts = args.parts or list(ALL)
     return args
 
 

@@ -221,6 +221,23 @@ def armor_delay(rows: Sequence[Row]) -> list[str]:
     return _table(head, cells)
 
 
+def armor_guard(rows: Sequence[Row]) -> list[str]:
+    """`armor.py guard`: a line for each mode, size of windows, speed and time of a check."""
+    cells = []
+    for row in _summaries(rows, "guard"):
+        first, longest = row["windows"]
+        cells.append(
+            (
+                "`strict`" if row["arm"] == "strict" else f"`window`, {first} to {longest}",
+                f"{row['chars_per_s']:g} characters/s",
+                f"{row['check_ms']:.0f} ms",
+                *(f"{row[name] / 1e3:.2f} s" for name in ("first_text_ms", "end_ms", "longest_gap_ms")),
+                f"{row['answer_checks']:.0f}",
+            )
+        )
+    return _table(("mode", "generated", "check", "first text", "end", "longest pause", "calls"), cells)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "offline": offline,
     "lora": lora,
@@ -235,6 +252,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "armor-ttft": armor_ttft,
     "armor-throughput": armor_throughput,
     "armor-delay": armor_delay,
+    "armor-guard": armor_guard,
 }
 
 

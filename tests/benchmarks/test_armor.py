@@ -17,7 +17,9 @@ SERVE = "--serve --dtype fp32 --threads 1 --kv-cache-gib 0.01"
 @pytest.mark.slow
 def test_every_case_is_measured_with_the_guard_at_work(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    armor.main(["--model", str(tiny_gemma2_dir), *TINY.split(), "--out", str(out), *SERVE.split()])
+    armor.main(
+        [*armor.PARTS, "--model", str(tiny_gemma2_dir), *TINY.split(), "--out", str(out), *SERVE.split()]
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     of = {case: [row for row in rows if row["case"] == case] for case in ("ttft", "throughput", "delay")}
     assert len(rows) == sum(map(len, of.values()))
@@ -52,4 +54,19 @@ def test_a_stream_that_fails_is_no_measurement() -> None:
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         armor.parse_args(["latency"])
-    assert "ttft, throughput, delay, got latency" in capsys.readouterr().err
+    assert "ttft, throughput, delay, guard, got latency" in capsys.readouterr().err
+
+
+def test_the_guard_alone_is_timed_by_mode_speed_and_check(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    size = "--chars 400 --chars-per-s 800 --check-times 0.05 0.2 --repeats 2 --windows 40:80 400:400"
+    armor.main(["guard", *size.split(), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    first = {(row["arm"], row["windows"][0], row["check_ms"]): row["first_text_ms"] for row in rows}
+    assert len(first) == 6
+    for check_ms in (50, 200):
+        assert first["strict", 40, check_ms] >= 500 + check_ms  # 400 characters take half a second
+        assert first["window", 40, check_ms] >= 130 + check_ms  # 104 of them
+    assert first["window", 40, 50] < first["strict", 40, 50]
+    calls = {(row["arm"], row["windows"][0]): row["answer_checks"] for row in rows if row["check_ms"] == 50}
+    assert calls["strict", 40] == calls["window", 400] == 1 < calls["window", 40]
