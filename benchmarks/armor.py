@@ -3,12 +3,12 @@
     python benchmarks/armor.py ttft --out FILE          # a prompt's check beside its prefill
     python benchmarks/armor.py throughput --out FILE    # streams in window mode, beside the same unguarded
     python benchmarks/armor.py delay --out FILE         # first text by mode and time of a check
-    python benchmarks/armor.py guard --out FILE         # the same of the guard alone, on text at a steady speed
+    python benchmarks/armor.py guard --out FILE         # the guard alone, on text at a steady speed
 
-For the first three, one server, and `cabochon armor-emulator` in a process of its own, --check-s away. The arms are API keys with
-policies of their own: one engine, one moment. They alternate, and no prompt comes twice: neither the prefix
-cache nor a kept verdict helps. That the guard was at work is read from the emulator's counts. Temperature 1,
-EOS ignored. Run nothing else meanwhile.
+For the first three, one server, and `cabochon armor-emulator` in a process of its own, --check-s away. The
+arms are API keys with policies of their own: one engine, one moment. They alternate, and no prompt comes
+twice: neither the prefix cache nor a kept verdict helps. That the guard was at work is read from the emulator's
+counts. Temperature 1, EOS ignored. Run nothing else meanwhile; only `guard` mostly sleeps.
 """
 
 import argparse

@@ -235,7 +235,8 @@ def armor_guard(rows: Sequence[Row]) -> list[str]:
                 f"{row['answer_checks']:.0f}",
             )
         )
-    return _table(("mode", "generated", "check", "first text", "end", "longest pause", "calls"), cells)
+    head = ("mode", "generated", "check", "first text", "end", "longest pause", "calls")
+    return _table(head, list(dict.fromkeys(cells)))  # strict is the same whatever the windows
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
