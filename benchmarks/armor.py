@@ -7,8 +7,8 @@
 
 For the first three, one server, and `cabochon armor-emulator` in a process of its own, --check-s away. The
 arms are API keys with policies of their own: one engine, one moment. They alternate, and no prompt comes
-twice: neither the prefix cache nor a kept verdict helps. That the guard was at work is read from the emulator's
-counts. Temperature 1, EOS ignored. Run nothing else meanwhile; only `guard` mostly sleeps.
+twice: neither the prefix cache nor a kept verdict helps. That the guard was at work is read from the
+emulator's counts. Temperature 1, EOS ignored. Run nothing else meanwhile; only `guard` mostly sleeps.
 """
 
 import argparse
