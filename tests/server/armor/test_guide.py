@@ -53,7 +53,8 @@ def test_every_option_that_the_guide_names_exists() -> None:
 
 
 def test_every_mode_and_optional_filter_is_in_the_guide() -> None:
-    assert [words(row[0])[0] for row in rows("Modes: when an answer leaves")] == list(get_args(Mode))
+    modes = [words(row[0])[0] for row in rows("Modes: when an answer leaves") if len(row) == 4]
+    assert modes == list(get_args(Mode))
     (optional,) = [row for row in rows("Options") if "armor_optional_filters" in row[0]]
     assert set(MAY_BE_OPTIONAL) <= set(words(optional[2]))
 
