@@ -200,6 +200,73 @@ PEER_FIGURES = {
     "ready_s": ("ready", "s"),
     "pss_mib": ("memory (PSS)", "MiB"),
 }
+
+
+def armor_ttft(rows: Sequence[Row]) -> list[str]:
+    """`armor.py ttft`: first tokens without and with a prompt's check, and the difference of the pairs."""
+    (row,) = _summaries(rows, "ttft")
+    low, high = row["added_quartiles_ms"]
+    cells = [
+        (
+            f"prompt of about {row['prompt_tokens']:,} tokens, nothing checked",
+            f"{row['unguarded_ms']:.0f} ms",
+        ),
+        (f"prompt checked, {row['check_ms']:.0f} ms away", f"{row['prompt_ms']:.0f} ms"),
+        ("a ready first token waited for its verdict, mean", f"{row['waited_for_verdict_mean_ms']:.1f} ms"),
+        ("difference of a pair (quartiles)", f"{row['added_ms']:.1f} ms ({low:.1f}, {high:.1f})"),
+    ]
+    return _table(("", f"first token, median of {row['pairs']} pairs"), cells)
+
+
+def armor_throughput(rows: Sequence[Row]) -> list[str]:
+    """`armor.py throughput`: nothing checked, and prompts and answers in windows."""
+    (row,) = _summaries(rows, "throughput")
+    cells = [
+        ("nothing checked", f"{row['unguarded']:.0f}"),
+        (f"prompts and windows checked, {row['check_ms']:.0f} ms away", f"{row['window']:.0f}"),
+        ("ratio, median (lowest, highest)", _ratio(row, 3)),
+    ]
+    head = f"output tok/s, {row['streams']} streams of {row['output_tokens']}, median of {_rounds(rows)}"
+    return _table(("", head), cells)
+
+
+def armor_delay(rows: Sequence[Row]) -> list[str]:
+    """`armor.py delay`: a line for each mode and time of a check."""
+    cells = []
+    for row in _summaries(rows, "delay"):
+        low, high = row["first_text_min_max_ms"]
+        cells.append(
+            (
+                "nothing checked" if row["arm"] == "unguarded" else f"`{row['arm']}`",
+                "" if row["arm"] == "unguarded" else f"{row['check_ms']:.0f} ms",
+                f"{row['first_text_ms'] / 1e3:.2f} s ({low / 1e3:.2f}, {high / 1e3:.2f})",
+                f"{row['end_ms'] / 1e3:.2f} s",
+                f"{row['longest_gap_ms'] / 1e3:.2f} s",
+                f"{row['answer_checks']:.0f}",
+            )
+        )
+    head = ("mode", "check", "first text, median (lowest, highest)", "end", "longest gap", "calls")
+    return _table(head, cells)
+
+
+def armor_guard(rows: Sequence[Row]) -> list[str]:
+    """`armor.py guard`: a line for each mode, size of windows, speed and time of a check."""
+    cells = []
+    for row in _summaries(rows, "guard"):
+        first, longest = row["windows"]
+        cells.append(
+            (
+                "`strict`" if row["arm"] == "strict" else f"`window`, {first} to {longest}",
+                f"{row['chars_per_s']:g} characters/s",
+                f"{row['check_ms']:.0f} ms",
+                *(f"{row[name] / 1e3:.2f} s" for name in ("first_text_ms", "end_ms", "longest_gap_ms")),
+                f"{row['answer_checks']:.0f}",
+            )
+        )
+    head = ("mode", "generated", "check", "first text", "end", "longest pause", "calls")
+    return _table(head, list(dict.fromkeys(cells)))  # strict is the same whatever the windows
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "offline": offline,
     "lora": lora,
@@ -212,11 +279,15 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "serving": serving,
     "fp8-quality": fp8_quality,
     "peers": peers,
+    "armor-ttft": armor_ttft,
+    "armor-throughput": armor_throughput,
+    "armor-delay": armor_delay,
+    "armor-guard": armor_guard,
 }
 
 
-def _summaries(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if "summary" in row]
+def _summaries(rows: Sequence[Row], case: str | None = None) -> list[Row]:
+    return [row for row in rows if "summary" in row and case in (None, row.get("case"))]
 
 
 def _rounds(rows: Sequence[Row]) -> int:

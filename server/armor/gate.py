@@ -202,7 +202,8 @@ class RequestGuard:
                 async for delta in shown:
                     yield delta
         finally:
-            gate.metrics.answered(num_windows)
+            if num_windows > 0:  # an answer, not a prompt that was blocked
+                gate.metrics.answered(num_windows)
 
     async def _timed(self, work: Awaitable[T]) -> T:
         started_s = time.monotonic()
@@ -221,7 +222,7 @@ class RequestGuard:
         if verdict.outcome == "pass":
             self._gate.remember(self._policy, unknown, verdict)
         if verdict.outcome == "rewrite":  # the template has changed, and what the engine has is the original
-            raise _outage()
+            raise _outage("prompt")
         if verdict.outcome == "block":
             raise self._blocked(verdict.filters)
         if verdict.outcome == "unchecked":
@@ -262,7 +263,7 @@ class RequestGuard:
     def _let_pass(self, stage: Stage) -> None:
         """Raises ApiError, unless the policy is to go on without a check."""
         if self._policy.on_unchecked == "closed":
-            raise _outage()
+            raise _outage(stage)
         self._gate.metrics.failed_open(stage)
 
     def _blocked(self, filters: Sequence[str]) -> ApiError:
@@ -279,11 +280,11 @@ class RequestGuard:
         )
 
 
-def _outage() -> ApiError:
+def _outage(stage: Stage) -> ApiError:
     return ApiError(
         "every text must be checked by the content policy, its service gives no verdict now: retry later",
         status=503,
         type="server_error",
         code="guardrail_unavailable",
-        headers={"Retry-After": str(RETRY_AFTER_S), "x-guardrail": "modelarmor;prompt=unavailable"},
+        headers={"Retry-After": str(RETRY_AFTER_S), "x-guardrail": f"modelarmor;{stage}=unavailable"},
     )

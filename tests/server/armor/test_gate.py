@@ -197,13 +197,16 @@ def test_a_rewriting_template_comes_first_and_the_engine_sees_its_text() -> None
         assert answer.json()["error"]["code"] == "content_filter"  # arguments have a form to keep
 
 
-@pytest.mark.parametrize("policy", [PROMPTS_ONLY, BOTH])
-def test_without_a_verdict_nothing_passes(policy: Policy) -> None:
+@pytest.mark.parametrize(
+    ("policy", "stage"), [(PROMPTS_ONLY, "prompt"), (BOTH, "prompt"), (ANSWERS_ONLY, "response")]
+)
+def test_without_a_verdict_nothing_passes(policy: Policy, stage: str) -> None:
     with GuardedServer(policy, ScriptedChecker()) as server:
-        answer = server.complete("outage", max_tokens=4)
+        answer = server.complete("outage", max_tokens=40)
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "guardrail_unavailable"
         assert int(answer.headers["Retry-After"]) > 0
+        assert answer.headers["x-guardrail"] == f"modelarmor;{stage}=unavailable"
         assert server.engine.open == {}
 
 
@@ -211,11 +214,12 @@ def test_a_policy_that_is_open_lets_it_pass_and_says_so() -> None:
     policy = Policy(prompt_template=TEMPLATE, response_template=TEMPLATE, on_unchecked="open")
     with GuardedServer(policy, ScriptedChecker()) as server:
         for _ in range(3):
-            answer = server.complete("outage", max_tokens=4)
+            answer = server.complete("outage", max_tokens=40)
             assert answer.status_code == 200
             assert answer.headers["x-guardrail"] == "modelarmor;prompt=unchecked;response=strict"
-        value = server.registry.get_sample_value("cabochon:guard_fail_open_total")
-        assert value == 6  # a prompt and an answer each
+        for stage in ("prompt", "response"):
+            value = server.registry.get_sample_value("cabochon:guard_fail_open_total", {"stage": stage})
+            assert value == 3, stage
 
 
 def test_a_client_that_goes_away_ends_check_and_request(guarded: GuardedServer) -> None:
@@ -253,6 +257,13 @@ def test_a_blocked_answer_ends_with_content_filter_and_only_that_choice() -> Non
                 event["choices"][0]["index"]: event["choices"][0]["finish_reason"] for event in events(stream)
             }
         assert ends == {0: "length", 1: "content_filter"}
+
+
+def test_a_blocked_prompt_is_not_counted_as_an_answer_without_checks() -> None:
+    with GuardedServer(BOTH, ScriptedChecker()) as server:
+        assert server.complete("so bad").status_code == 400
+        assert server.complete("hello").status_code == 200
+        assert server.registry.get_sample_value("cabochon:guard_windows_per_response_count") == 1
 
 
 def test_an_outage_in_a_stream_is_an_error_event_without_an_end() -> None:
