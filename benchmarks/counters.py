@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cabochon.engine.core
 
-PACKAGE = str(Path(cabochon.engine.core.__file__).resolve().parents[1])
+ROOT = Path(cabochon.engine.core.__file__).resolve().parents[1]
+PACKAGE = tuple(f"{ROOT / layer}/" for layer in ("server", "engine", "kernels"))  # not .venv beside them
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")  # calls until Python 3.11 alone
 PRODUCTS = ("linear", "mm", "matmul")
 
