@@ -48,7 +48,7 @@ def test_counts_are_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def of_our_package(source: str) -> dict[str, Any]:
     """What `source` defines, as if it stood in a file of the engine: lines of tests are not counted."""
-    code: CodeType = compile(source, f"{counters.PACKAGE}/engine/seeded.py", "exec")
+    code: CodeType = compile(source, f"{counters.ROOT}/engine/seeded.py", "exec")
     names: dict[str, Any] = {}
     exec(code, names)
     return names
