@@ -1,11 +1,13 @@
 """What the routes share: from a parsed body to engine requests, and from their text to an answer."""
 
+import asyncio
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -120,19 +122,15 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Job:
         """A job for POST /v1/chat/completions."""
         head, guard = self._head("chatcmpl", body, request.state.request_id), self._guard(request)
-        if guard is not None:
-            body = await self._guarded(guard, body, chat_texts(body), body.n)
         with self._words_of_chat(body):
-            choices = await self._chat_choices(body)
+            body, choices = await self._guarded(guard, body, chat_texts, self._chat_choices)
         return self._job(body, choices, head, ChatAnswer(head, len(choices), body.tool_use()), guard)
 
     async def completion(self, body: CompletionRequest, request: Request) -> Job:
         """A job for POST /v1/completions."""
         head, guard = self._head("cmpl", body, request.state.request_id), self._guard(request)
-        if guard is not None:
-            texts = completion_texts(body, lambda prompt: self._text_of(prompt, skip_special_tokens=False))
-            body = await self._guarded(guard, body, texts, body.n)
-        choices = await self._completion_choices(body)
+        texts = partial(completion_texts, text_of=partial(self._text_of, skip_special_tokens=False))
+        body, choices = await self._guarded(guard, body, texts, self._completion_choices)
         echo = [""] * len(choices)
         if body.echo:
             shown = [
@@ -147,10 +145,9 @@ class Service:
         head, guard = self._head("resp", body, request.state.request_id), self._guard(request)
         try:
             chat = body.as_chat()
-            if guard is not None:
-                chat = await self._guarded(guard, chat, chat_texts(chat, "input"), 1)
             with self._words_of_chat(chat):
-                choices = await self._chat_choices(chat)
+                texts = partial(chat_texts, param="input")
+                chat, choices = await self._guarded(guard, chat, texts, self._chat_choices)
         except (RequestError, ApiError) as error:
             in_our_words(error)
             raise
@@ -216,11 +213,22 @@ class Service:
 
         return await guard.beside(work, publish)
 
-    async def _guarded(self, guard: "RequestGuard", body: Body, texts: PromptTexts, num_choices: int) -> Body:
-        """The body as the engine may see it, for the time of a check that comes first an open request."""
+    async def _guarded(
+        self,
+        guard: "RequestGuard | None",
+        body: Body,
+        texts_of: Callable[[Body], PromptTexts],
+        choices_of: Callable[[Body], Awaitable[list[Choice]]],
+    ) -> tuple[Body, list[Choice]]:
+        """The body as the engine may see it, and its choices: who is refused by them costs no check."""
+        choices = await choices_of(body)
+        if guard is None:
+            return body, choices
         self.lifecycle.admit(1)
-        with self.lifecycle.opened(1, 0):
-            return await guard.first(body, texts, num_choices=num_choices)
+        with self.lifecycle.opened(1, 0):  # for the time of a check that comes first
+            texts = await asyncio.to_thread(texts_of, body)
+            shown = await guard.first(body, texts, num_choices=body.n)
+        return shown, choices if shown is body else await choices_of(shown)
 
     def _guard(self, request: Request) -> "RequestGuard | None":
         if self.gate is None:

@@ -10,13 +10,16 @@ TEMPLATE = "projects/p/locations/l/templates/t"
 
 @dataclass
 class ScriptedChecker:
-    """Blocks text with `bad`, has no verdict on text with `outage`, rewrites `secret` if it may."""
+    """Blocks text with what is `bad`, has no verdict on text with `outage`, rewrites `secret` if it may."""
 
     rewrites: bool = False
     delay_s: float = 0.0
     is_held: bool = False  # no verdict on a prompt until release()
     asked: list[tuple[Stage, str, str]] = field(default_factory=list)  # stage, context, text
     num_cancelled: int = 0
+    template_version: str = "1"
+    bad: str = "bad"
+    bad_alone: str = ""  # the end of a text that is blocked if it is sent alone
 
     def release(self) -> None:
         """From any thread: the verdicts that are held come with the next look, a millisecond at most."""
@@ -31,7 +34,8 @@ class ScriptedChecker:
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
-        if "bad" in text:
+        is_alone = bool(self.bad_alone) and "\n" not in text
+        if self.bad in text or (is_alone and text.endswith(self.bad_alone)):
             return Verdict(outcome="block", filters=("rai:harassment",))
         if "outage" in text:
             return Verdict(outcome="unchecked", reason="unavailable")
@@ -45,6 +49,9 @@ class ScriptedChecker:
     def prompts(self) -> list[str]:
         """The prompts' texts that it was asked about."""
         return [text for stage, _, text in self.asked if stage == "prompt"]
+
+    def version(self, policy: Policy, stage: Stage) -> str:
+        return self.template_version
 
     def pressure(self) -> float:
         return 0.0

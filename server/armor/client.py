@@ -70,6 +70,12 @@ class ArmorChecker:
         """How much of the quota's bucket is used up, 0 to 1: larger windows need fewer calls."""
         return self._quota.pressure()
 
+    def version(self, policy: Policy, stage: Stage) -> str:
+        """See Checker."""
+        template = policy.prompt_template if stage == "prompt" else policy.response_template
+        facts = self._templates.known(Use(template, stage)) if template is not None else None
+        return facts.version if facts is not None else ""
+
     def may_rewrite(self, policy: Policy, stage: Stage) -> bool:
         """Whether the template de-identifies, or might."""
         template = policy.prompt_template if stage == "prompt" else policy.response_template

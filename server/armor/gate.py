@@ -7,7 +7,7 @@ choices, which could not share its pages before the verdict.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 B = TypeVar("B")
 RETRY_AFTER_S = 5  # the breaker's pause
+CONTEXT_CHARS = 2_000  # of the text before new ones: a phrase may be cut in two turns
+MAX_REWRITTEN = 64  # texts of a body, a call each
+MAX_AT_ONCE = 8
 JOINT = "\n\n"  # between the texts of a body that are checked in one call
 
 
@@ -72,17 +75,24 @@ class Gate:
         """Whether a prompt waits longer for the engine than for its verdict."""
         return self._predicted_wait_s() > self.config.armor_serial_queue_s
 
-    def unknown(self, policy: Policy, texts: Sequence[str]) -> list[str]:
-        """Those texts of a prompt that have not passed lately: a chat sends its earlier turns again."""
-        return [text for text in texts if self._passed.find(self._key(policy, text)) is None]
+    def num_known(self, policy: Policy, texts: Sequence[str]) -> int:
+        """How many of a prompt's texts, from its beginning, have passed lately: a chat sends them again."""
+        for number, key in enumerate(self._keys(policy, texts)):
+            if self._passed.find(key) is None:
+                return number
+        return len(texts)
 
     def remember(self, policy: Policy, texts: Sequence[str], verdict: Verdict) -> None:
-        """They have passed."""
-        for text in texts:
-            self._passed.keep(self._key(policy, text), verdict)
+        """They have passed, in this order: another order or another beginning is another prompt."""
+        for key in self._keys(policy, texts):
+            self._passed.keep(key, verdict)
 
-    def _key(self, policy: Policy, text: str) -> bytes:
-        return self._passed.key(str(policy.prompt_template), policy.optional_filters, text)
+    def _keys(self, policy: Policy, texts: Sequence[str]) -> Iterator[bytes]:
+        version = self.checker.version(policy, "prompt")
+        key = self._passed.key(str(policy.prompt_template), version, policy.optional_filters)
+        for text in texts:
+            key = self._passed.key(key.hex(), text)
+            yield key
 
 
 class RequestGuard:
@@ -216,11 +226,8 @@ class RequestGuard:
 
     async def _pass(self, texts: Sequence[str]) -> None:
         """All new texts in one call: calls are what is scarce. Raises ApiError unless they pass."""
-        if not (unknown := self._gate.unknown(self._policy, texts)):
+        if (verdict := await self._joint(texts)) is None:
             return
-        verdict = await self._gate.checker.check(self._policy, "prompt", JOINT.join(unknown))
-        if verdict.outcome == "pass":
-            self._gate.remember(self._policy, unknown, verdict)
         if verdict.outcome == "rewrite":  # the template has changed, and what the engine has is the original
             raise _outage("prompt")
         if verdict.outcome == "block":
@@ -229,9 +236,50 @@ class RequestGuard:
             self._let_pass("prompt")
             self._prompt = "unchecked"
 
+    async def _joint(self, texts: Sequence[str]) -> Verdict | None:
+        """On all new texts at once, behind the end of what passed before them. None: there are none."""
+        gate, policy = self._gate, self._policy
+        num_known = gate.num_known(policy, texts)
+        if num_known == len(texts):
+            return None
+        before = [text[-CONTEXT_CHARS:] for text in texts[max(0, num_known - 1) : num_known]]
+        verdict = await gate.checker.check(policy, "prompt", JOINT.join([*before, *texts[num_known:]]))
+        if verdict.outcome == "pass":
+            gate.remember(policy, texts, verdict)
+        return verdict
+
     async def _rewritten(self, texts: Sequence[str]) -> list[str]:
-        """Each text by itself, since a rewrite replaces all that was sent. Raises ApiError."""
-        return list(await asyncio.gather(*(self._rewritten_text(text) for text in texts)))
+        """One call if nothing is to be rewritten; else one for each text, for it replaces all that was sent.
+
+        Raises ApiError.
+        """
+        spoken = [text for text in texts if text.strip()]
+        verdict = await self._joint(spoken)
+        if verdict is None or verdict.outcome == "pass":
+            return list(texts)
+        if verdict.outcome != "rewrite":
+            self._prompt = "unchecked" if verdict.outcome == "unchecked" else self._prompt
+            self._shown_prompt(verdict, "")
+            return list(texts)
+        if len(spoken) > MAX_REWRITTEN:
+            raise ApiError(
+                f"a body with what must be de-identified must have at most {MAX_REWRITTEN} texts,"
+                f" got {len(spoken)}: join turns, or leave old ones out",
+                param=self._param,
+            )
+        at_once = asyncio.Semaphore(MAX_AT_ONCE)
+
+        async def rewritten(text: str) -> str:
+            async with at_once:
+                return await self._rewritten_text(text)
+
+        tasks = [asyncio.create_task(rewritten(text)) for text in texts]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:  # one that is blocked ends the others
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _rewritten_text(self, text: str) -> str:
         if not text.strip():
@@ -239,6 +287,9 @@ class RequestGuard:
         verdict = await self._gate.checker.check(self._policy, "prompt", text)
         if verdict.outcome == "unchecked":
             self._prompt = "unchecked"
+        return self._shown_prompt(verdict, text)
+
+    def _shown_prompt(self, verdict: Verdict, text: str) -> str:
         try:
             return self._shown("prompt", verdict, text)
         except Blocked as error:

@@ -44,6 +44,9 @@ class Checker(Protocol):
     def may_rewrite(self, policy: Policy, stage: Stage) -> bool:
         """Whether the template de-identifies: then a prompt's check must come before the engine sees it."""
 
+    def version(self, policy: Policy, stage: Stage) -> str:
+        """Of the template, as far as it is known: verdicts of another version do not count."""
+
     def pressure(self) -> float:
         """How much of the quota is used up, 0 to 1: larger windows need fewer calls."""
 

@@ -321,7 +321,7 @@ def test_of_a_chat_that_goes_on_only_the_new_turns_are_asked_about(guarded: Guar
     turns = [first, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
     for _ in range(2):
         assert guarded.post(CHAT, {"messages": turns, "max_tokens": 1}).status_code == 200
-    assert guarded.checker.prompts() == ["one", "two\n\nthree"]
+    assert guarded.checker.prompts() == ["one", "one\n\ntwo\n\nthree"]
     assert [one.is_private for one in guarded.engine.seen] == [True, True, False]  # the last was known
 
 
@@ -337,3 +337,104 @@ def test_what_was_not_checked_is_asked_again(guarded: GuardedServer) -> None:
     for _ in range(2):
         assert guarded.complete("outage", max_tokens=1).status_code == 200
     assert len(guarded.checker.asked) == 2
+
+
+def test_a_tightened_template_is_asked_about_what_passed_before(guarded: GuardedServer) -> None:
+    for version in ("1", "1", "2"):
+        guarded.checker.template_version = version
+        assert guarded.complete("hello", max_tokens=1).status_code == 200
+    assert len(guarded.checker.asked) == 2
+
+
+def test_what_is_bad_only_together_does_not_pass_in_parts(guarded: GuardedServer) -> None:
+    turns = [{"role": "user", "content": "so b"}, {"role": "assistant", "content": "ad"}]
+    guarded.checker.bad = "b\n\nad"
+    for turn in turns:
+        body = {"messages": [turn, {"role": "user", "content": "x"}][: 1 if turn is turns[0] else 2]}
+        guarded.post(CHAT, {**body, "max_tokens": 1})
+    assert guarded.post(CHAT, {"messages": turns, "max_tokens": 1}).status_code == 400
+    assert guarded.post(CHAT, {"messages": turns[:1], "max_tokens": 1}).status_code == 200
+    assert guarded.post(CHAT, {"messages": turns, "max_tokens": 1}).status_code == 400
+
+
+TOOL_CALL = {"id": "id-of-it", "type": "function", "function": {"name": "name-of-it", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["name", "id", "escaped", "regex", "choice", "grammar", "json", "const"],
+)
+def test_all_that_a_client_may_make_the_model_read_is_checked(guarded: GuardedServer, where: str) -> None:
+    guarded.checker.bad = "forbidden"
+    call: Any = json.loads(json.dumps(TOOL_CALL))
+    body: dict[str, Any] = {"max_tokens": 1}
+    match where:
+        case "name":
+            call["function"]["name"] = "forbidden"
+        case "id":
+            call["id"] = "forbidden"
+        case "escaped":
+            call["function"]["arguments"] = '{"a": "\\u0066orbidden"}'
+        case "const":
+            schema = {"type": "object", "properties": {"x": {"const": "forbidden"}}}
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        case "json":
+            body["structured_outputs"] = {"json": {"const": "forbidden"}}
+        case "choice":
+            body["structured_outputs"] = {"choice": ["forbidden"]}
+        case "grammar":
+            body["structured_outputs"] = {"grammar": 'start: "forbidden"'}
+        case "regex":
+            body["structured_outputs"] = {"regex": "forbidden"}
+    body["messages"] = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "y"},
+    ]
+    assert guarded.post(CHAT, body).json()["error"]["code"] == "content_filter"
+    assert len(guarded.checker.asked) == 1
+
+
+@pytest.mark.parametrize("prompt", [[-1], [2**33], [5] * 2000])
+def test_ids_are_checked_before_they_are_read(guarded: GuardedServer, prompt: list[int]) -> None:
+    assert guarded.complete(prompt, max_tokens=1).status_code == 400
+    assert guarded.checker.asked == []
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_a_prompt_that_is_refused_costs_no_check_where_it_comes_first(rewrites: bool) -> None:
+    with GuardedServer(PROMPTS_ONLY, ScriptedChecker(rewrites=rewrites)) as server:
+        assert server.complete("x" * 1100, n=2).status_code == 400
+        assert server.checker.asked == []
+
+
+def test_a_rewriting_template_takes_one_call_if_nothing_is_rewritten() -> None:
+    checker = ScriptedChecker(rewrites=True)
+    with GuardedServer(PROMPTS_ONLY, checker) as server:
+        turns = [{"role": role, "content": f"{i}"} for i in range(5) for role in ("user", "assistant")]
+        assert server.post(CHAT, {"messages": turns[:9], "max_tokens": 1}).status_code == 200
+        assert len(checker.asked) == 1
+        turns[2]["content"] = "a secret"
+        assert server.post(CHAT, {"messages": turns[:9], "max_tokens": 1}).status_code == 200
+        assert len(checker.asked) == 2 + 9
+        assert "a hidden" in server.prompt()
+        many = [{"role": role, "content": "secret"} for _ in range(40) for role in ("user", "assistant")]
+        answer = server.post(CHAT, {"messages": many[:67], "max_tokens": 1})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+        assert "at most 64" in answer.json()["error"]["message"]
+
+
+def test_a_text_that_is_blocked_ends_the_checks_of_the_others() -> None:
+    checker = ScriptedChecker(rewrites=True)
+    with GuardedServer(PROMPTS_ONLY, checker) as server:
+        checker.delay_s = 0.05
+        checker.bad = "never"
+        checker.bad_alone = "2"
+        turns = [
+            {"role": role, "content": f"secret {i}"} for i in range(20) for role in ("user", "assistant")
+        ]
+        assert server.post(CHAT, {"messages": turns[:39], "max_tokens": 1}).status_code == 400
+        num_asked = len(checker.asked)
+        assert num_asked < 20
+        assert server.service.lifecycle.num_open == 0
+        wait_until(lambda: checker.num_cancelled > 0)
