@@ -17,6 +17,7 @@ class ScriptedChecker:
     is_held: bool = False  # no verdict on a prompt until release()
     asked: list[tuple[Stage, str, str]] = field(default_factory=list)  # stage, context, text
     num_cancelled: int = 0
+    is_down: bool = False  # it would ask nobody
 
     def release(self) -> None:
         """From any thread: the verdicts that are held come with the next look, a millisecond at most."""
@@ -48,6 +49,9 @@ class ScriptedChecker:
 
     def pressure(self) -> float:
         return 0.0
+
+    def refuses(self, policy: Policy, stage: Stage) -> bool:
+        return self.is_down
 
     def problem(self) -> str | None:
         return None
