@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from cabochon.engine.errors import EngineDead
+from cabochon.engine.errors import ConfigError, EngineDead
 from cabochon.server.app import build_app
 from cabochon.server.autoscaling import autoscaling_stats
 from cabochon.server.fast_path import replica
@@ -74,7 +74,10 @@ class CabochonReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: Mapping[str, Any], settings: Settings
     ) -> None:
-        """Raises ConfigError if this node is not set up for it, before anything is loaded."""
+        """Raises ConfigError if this node is not set up for it, before anything is loaded.
+
+        And at the end if the guard cannot be used: Serve then stops the rollout, and shows the reason.
+        """
         set_process_environment()
         set_up_logging(settings.server.log_format, settings.server.log_level)
         check_same_environment(args, settings)
@@ -83,6 +86,10 @@ class CabochonReplica:
         raise_file_limit(settings.server.max_queued_requests)
         check_files(settings)
         self._service = await start_service(settings)
+        if problem := self._service.lifecycle.problem():
+            await self._service.engine.shutdown()
+            await self._service.close()
+            raise ConfigError(problem)
         self._seen_after_s = settings.server.lame_duck_s
         self._watcher = asyncio.create_task(self._watch())
 
@@ -127,5 +134,6 @@ class CabochonReplica:
         """Serve calls it at the end, also of a replica that never was ready."""
         with contextlib.suppress(AttributeError):
             self._watcher.cancel()
+        with contextlib.suppress(AttributeError):  # each may be missing, if it failed before
             await self._service.engine.shutdown()
             await self._service.close()

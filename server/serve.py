@@ -87,6 +87,10 @@ def check_files(settings: Settings) -> None:
     """What a wrong option breaks is found before minutes of loading. Raises ConfigError."""
     ApiKeys(settings.server.api_key_file)
     check_directory(settings.engine.lora_dir)
+    if settings.armor.is_on:
+        from cabochon.server.armor.start import check_guard  # its package is optional
+
+        check_guard(settings.armor)
 
 
 async def start_service(settings: Settings) -> Service:
@@ -110,7 +114,11 @@ async def start_service(settings: Settings) -> Service:
     if settings.armor.is_on:
         from cabochon.server.armor.start import start_guard  # its package is optional
 
-        await start_guard(service, settings.armor)
+        try:
+            await start_guard(service, settings.armor)
+        except BaseException:
+            await service.engine.shutdown()
+            raise
     return service
 
 

@@ -20,6 +20,7 @@ class ScriptedChecker:
     template_version: str = "1"
     bad: str = "bad"
     bad_alone: str = ""  # the end of a text that is blocked if it is sent alone
+    is_down: bool = False  # it would ask nobody
 
     def release(self) -> None:
         """From any thread: the verdicts that are held come with the next look, a millisecond at most."""
@@ -55,6 +56,9 @@ class ScriptedChecker:
 
     def pressure(self) -> float:
         return 0.0
+
+    def refuses(self, policy: Policy, stage: Stage) -> bool:
+        return self.is_down
 
     def problem(self) -> str | None:
         return None

@@ -35,6 +35,10 @@ class Breaker:
             return self._ticket
         return None
 
+    def refuses(self) -> bool:
+        """Whether `enter` would give no ticket now."""
+        return self.state == "half open" or (self.state == "open" and self._clock() < self._until)
+
     def leave(self, ticket: int, is_ok: bool | None) -> None:
         """is_ok: whether the endpoint works; None: the call said nothing of that, or was cancelled."""
         if ticket != self._ticket:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_CHARS = 200_000  # of one call; the service's limit is 65,536 tokens of 4
 OVERLAP_CHARS = 2_000  # of the parts of a longer text
 WARN_EVERY_S = 60.0
+RETRY_PAUSE_S = 0.1  # in which the channel connects again; a tenth of what is left if that is less
 PASS = Verdict(outcome="pass")
 
 
@@ -82,6 +83,14 @@ class ArmorChecker:
         facts = self._templates.known(Use(template, stage)) if template is not None else None
         return template is not None and (facts is None or facts.may_rewrite)
 
+    def refuses(self, policy: Policy, stage: Stage) -> bool:
+        """See Checker: the breaker is open, or the bucket empty."""
+        template = policy.prompt_template if stage == "prompt" else policy.response_template
+        if template is None:
+            return False
+        breaker = self._breakers.get(self._connections.endpoint(template))
+        return (breaker is not None and breaker.refuses()) or self._quota.available() < 1
+
     async def check(self, policy: Policy, stage: Stage, text: str, *, context: str = "") -> Verdict:
         """See Checker. Without a template, or if there are only blanks, there is nothing to ask.
 
@@ -117,7 +126,7 @@ class ArmorChecker:
         is_prompt = use.stage == "prompt"
         limit_s = self._config.armor_prompt_timeout_s if is_prompt else self._config.armor_window_timeout_s
         failure = Failure("unavailable")
-        for _ in range(2):
+        for attempt in range(2):
             timeout_s = min(limit_s, end_s - loop.time())
             found = await self._attempt(use, text, context, optional, timeout_s)
             if isinstance(found, Verdict):
@@ -125,6 +134,8 @@ class ArmorChecker:
             failure = found
             if not failure.may_retry:
                 break
+            if attempt == 0:
+                await asyncio.sleep(min(RETRY_PAUSE_S, (end_s - loop.time()) / 10))
         self._warn(use, failure)
         return Verdict(outcome="unchecked", reason=failure.reason)
 

@@ -5,6 +5,7 @@ No call is retried here, and each has a deadline. The client's log of requests a
 
 import asyncio
 import logging
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from cabochon.engine.errors import ConfigError
@@ -12,8 +13,10 @@ from cabochon.server.armor.config import TEMPLATE, ArmorConfig
 from cabochon.server.armor.verdicts import Reason, Stage
 
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
-# The channel's own pause before it connects again grows to 120 s: an outage would last that much longer
-CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 500), ("grpc.max_reconnect_backoff_ms", 2000))
+# The channel's own pause before it connects again is 1 s, longer than a check has after a reset; and it grows
+# to 120 s: an outage would last that much longer
+CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 2000))
+NOT_INSTALLED = "Model Armor needs its client, which is not installed: pip install 'cabochon[armor]'"
 
 
 class Failure(NamedTuple):
@@ -53,6 +56,16 @@ def failure_of(error: BaseException) -> Failure:
     return FAILURES.get(getattr(code, "name", ""), Failure("unavailable"))
 
 
+def check_client() -> None:
+    """Raises ConfigError if the optional package is not there. Does not load it."""
+    try:
+        found = find_spec("google.cloud.modelarmor_v1")
+    except ModuleNotFoundError:  # not even google.cloud
+        found = None
+    if found is None:
+        raise ConfigError(NOT_INSTALLED)
+
+
 class Connections:
     """Raises ConfigError if the package is not there. Methods raise what the client does."""
 
@@ -60,9 +73,7 @@ class Connections:
         try:  # an optional dependency
             from google.cloud import modelarmor_v1
         except ImportError:
-            raise ConfigError(
-                "Model Armor needs its client, which is not installed: pip install 'cabochon[armor]'"
-            ) from None
+            raise ConfigError(NOT_INSTALLED) from None
         # Or it would put whole requests and replies into DEBUG records
         logging.getLogger("google.cloud.modelarmor_v1").setLevel(logging.INFO)
         self._armor = modelarmor_v1

@@ -145,7 +145,10 @@ class RequestGuard:
         if not self._texts:
             return True
         self._check = asyncio.create_task(self._timed(self._pass(self._texts)))
-        await asyncio.sleep(0)
+        if self._gate.checker.refuses(self._policy, "prompt"):
+            await asyncio.wait({self._check})  # some turns of the loop: the engine need not begin in vain
+        else:
+            await asyncio.sleep(0)
         if self._check.done():
             self._check.result()
         return self._check.done()

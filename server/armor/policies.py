@@ -83,8 +83,9 @@ class Policies:
             return
         try:
             self._read(self._path)
-        except (OSError, ConfigError) as error:  # gone for a moment, or wrong: those known so far hold
-            logger.warning("armor policy file not taken, policies=%d hold error=%s", len(self._of_key), error)
+        except Exception as error:  # gone for a moment, or wrong: those known so far hold
+            shown = error if isinstance(error, OSError | ConfigError) else type(error).__name__  # no key
+            logger.warning("armor policy file not taken, policies=%d hold error=%s", len(self._of_key), shown)
 
     def _read(self, path: Path) -> None:
         status = os.stat(path)
@@ -97,7 +98,7 @@ class Policies:
 def _parse(path: Path, config: ArmorConfig) -> dict[bytes, Policy]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:  # it quotes the file: only the line's number may be shown
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # it quotes the file: show only the line
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path} must be YAML, it is not{where}: correct it") from None

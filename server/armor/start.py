@@ -4,12 +4,19 @@ import logging
 
 from cabochon.server.armor.client import ArmorChecker
 from cabochon.server.armor.config import ArmorConfig
+from cabochon.server.armor.connections import check_client
 from cabochon.server.armor.gate import Gate
 from cabochon.server.armor.guard_metrics import GuardMetrics
 from cabochon.server.armor.policies import Policies
 from cabochon.server.service import Service
 
 logger = logging.getLogger(__name__)
+
+
+def check_guard(config: ArmorConfig) -> None:
+    """What `start_guard` would find wrong, before minutes of loading. Raises ConfigError."""
+    check_client()
+    Policies(config)
 
 
 async def start_guard(service: Service, config: ArmorConfig) -> None:

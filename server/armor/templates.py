@@ -101,12 +101,14 @@ class Templates:
 
     async def _keep_fresh(self, uses: Callable[[], Collection[Use]]) -> None:
         while True:
-            if self._problems:
-                await asyncio.sleep(RETRY_S)
-                await self._load(list(self._problems), is_start=True)
-            else:
-                await asyncio.sleep(REFRESH_S)
-                await self._load(uses(), is_start=False)
+            await asyncio.sleep(RETRY_S if self._problems else REFRESH_S)
+            try:
+                current = uses()
+                for gone in self._problems.keys() - set(current):  # no policy names it any more
+                    del self._problems[gone]
+                await self._load(current, is_start=False)
+            except Exception as error:  # its kind alone, for its words may be of a file with keys
+                logger.error("model armor templates not asked about error=%s", type(error).__name__)
 
     async def _load(self, uses: Collection[Use], is_start: bool) -> None:
         await asyncio.gather(*[self._load_one(use, is_start) for use in uses])
@@ -114,16 +116,17 @@ class Templates:
     async def _load_one(self, use: Use, is_start: bool) -> None:
         try:
             await self._ask(use)
+            return
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            failure = Failure("unavailable")  # the service's own status CANCELLED
         except Exception as error:  # of any kind: the facts of before hold, and checks meet the same
             failure = failure_of(error)
-            logger.warning(
-                "model armor template=%s stage=%s cannot be used reason=%s",
-                use.template,
-                use.stage,
-                failure.reason,
-            )
-            if is_start and failure.reason in ("denied", "invalid"):
-                self._problems[use] = _what_to_do(use, failure)
+        logger.warning("model armor template=%s stage=%s cannot be used reason=%s", *use, failure.reason)
+        if (is_start or use in self._problems) and failure.reason in ("denied", "invalid"):
+            self._problems[use] = _what_to_do(use, failure)
 
     async def _ask(self, use: Use) -> TemplateFacts:
         template = await self._read(use.template)

@@ -50,6 +50,9 @@ class Checker(Protocol):
     def pressure(self) -> float:
         """How much of the quota is used up, 0 to 1: larger windows need fewer calls."""
 
+    def refuses(self, policy: Policy, stage: Stage) -> bool:
+        """Whether a check now would ask nobody: its verdict, most likely `unchecked`, needs no network."""
+
     def problem(self) -> str | None:
         """What must be mended before any check can succeed, with the mend. None: nothing."""
 

@@ -132,6 +132,7 @@ def test_names_are_those_of_the_manifests(story: dict[str, Any]) -> None:
     bindings = [tuple(entry) for entry in story["state after create"]["bindings"]]
     assert [entry for entry in bindings if account in entry[0] + entry[1]] == [
         ("projects my-project", f"serviceAccount:{account}", "roles/modelarmor.user"),
+        ("projects my-project", f"serviceAccount:{account}", "roles/modelarmor.viewer"),
         (
             "storage buckets gs://my-project-cabochon",
             f"serviceAccount:{account}",

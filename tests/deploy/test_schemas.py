@@ -176,5 +176,7 @@ def test_model_armor_is_told_its_templates_and_how_many_share_the_quota() -> Non
     armor = armor_of(documents)
     assert armor.armor_prompt_template is not None
     assert armor.armor_response_template is not None
-    (group,) = one(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert armor.armor_max_replicas == group["maxReplicas"]
+    spec = one(documents, "RayService")["spec"]
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert spec["upgradeStrategy"] == {"type": "NewCluster"}  # which has two clusters at once
+    assert armor.armor_max_replicas == 2 * group["maxReplicas"]

@@ -62,6 +62,7 @@ network() {
 
 # One for the nodes: logs, metrics (Managed Prometheus's collectors write as the node), images. One for the pods.
 accounts() {
+  local role
   ensure gcloud iam service-accounts describe "$NODE_ACCOUNT" -- \
     gcloud iam service-accounts create "$NAME-nodes" --display-name="Nodes of the Cabochon cluster"
   run gcloud projects add-iam-policy-binding "$PROJECT" --member="serviceAccount:$NODE_ACCOUNT" \
@@ -69,8 +70,11 @@ accounts() {
   ensure gcloud iam service-accounts describe "$ACCOUNT" -- \
     gcloud iam service-accounts create "$NAME" --display-name="Pods of Cabochon"
   if $MODEL_ARMOR; then
-    run gcloud projects add-iam-policy-binding "$PROJECT" --member="serviceAccount:$ACCOUNT" \
-      --role=roles/modelarmor.user --condition=None
+    # viewer: to read a template. If nobody can tell that it rewrites nothing, each prompt waits for its check.
+    for role in $ARMOR_ROLES; do
+      run gcloud projects add-iam-policy-binding "$PROJECT" --member="serviceAccount:$ACCOUNT" \
+        --role="$role" --condition=None
+    done
   fi
 }
 

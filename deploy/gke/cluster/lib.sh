@@ -10,6 +10,7 @@ NODES_SUBNET=cabochon-nodes
 PROXY_SUBNET=cabochon-proxies
 ARMOR_ENDPOINT=cabochon-model-armor
 ARMOR_TEMPLATES="cabochon-prompt cabochon-response"
+ARMOR_ROLES="roles/modelarmor.user roles/modelarmor.viewer"
 
 DRY_RUN=false
 

@@ -53,7 +53,7 @@ cluster() {
 }
 
 model_armor() {
-  local template
+  local template role
   drop gcloud dns record-sets delete "$ARMOR_HOST." --zone="$ARMOR_ENDPOINT" --type=A
   drop gcloud dns managed-zones delete "$ARMOR_ENDPOINT"
   drop gcloud network-connectivity regional-endpoints delete "$ARMOR_ENDPOINT" --region="$REGION"
@@ -61,8 +61,10 @@ model_armor() {
   for template in $ARMOR_TEMPLATES; do
     drop gcloud model-armor templates delete "$template" --location="$REGION"
   done
-  drop gcloud projects remove-iam-policy-binding "$PROJECT" --member="serviceAccount:$ACCOUNT" \
-    --role=roles/modelarmor.user --condition=None
+  for role in $ARMOR_ROLES; do
+    drop gcloud projects remove-iam-policy-binding "$PROJECT" --member="serviceAccount:$ACCOUNT" \
+      --role="$role" --condition=None
+  done
 }
 
 accounts() {

@@ -76,6 +76,19 @@ def test_after_a_while_exactly_one_call_tries(breaker: Breaker, clock: Clock) ->
     assert breaker.state == "closed"  # the failures before are forgotten
 
 
+def test_it_tells_whether_a_call_would_be_refused_without_making_one(breaker: Breaker, clock: Clock) -> None:
+    assert not breaker.refuses()
+    feed(breaker, "fffff")
+    assert breaker.refuses()
+    clock.now += 5
+    assert not breaker.refuses()
+    ticket = breaker.enter()
+    assert ticket is not None
+    assert breaker.refuses()  # one tries
+    breaker.leave(ticket, True)
+    assert not breaker.refuses()
+
+
 def test_a_trial_that_fails_opens_it_again(breaker: Breaker, clock: Clock) -> None:
     feed(breaker, "fffff")
     clock.now += 5

@@ -140,7 +140,7 @@ def test_replies_that_say_nothing_are_unchecked(answer: Any, reason: str) -> Non
     asyncio.run(scenario())
 
 
-def test_one_refusal_is_tried_again_at_once() -> None:
+def test_one_refusal_is_tried_again() -> None:
     async def scenario() -> None:
         async with checking(FakeArmor([Code.UNAVAILABLE, usual()])) as world:
             assert await world.checker.check(world.config.default_policy, "prompt", "x") == PASS
@@ -244,7 +244,10 @@ def test_an_open_breaker_answers_at_once_and_asks_nobody() -> None:
     async def scenario() -> None:
         async with checking(FakeArmor([Code.INTERNAL])) as world:
             policy = world.config.default_policy
+            assert not world.checker.refuses(policy, "prompt")
             verdicts = [await world.checker.check(policy, "prompt", str(n)) for n in range(7)]
+            assert world.checker.refuses(policy, "prompt")
+            assert not world.checker.refuses(Policy(), "prompt")
             assert verdicts == [unchecked("unavailable")] * 5 + [unchecked("breaker")] * 2
             assert len(world.fake.texts) == 5
 

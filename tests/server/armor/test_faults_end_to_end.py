@@ -184,13 +184,14 @@ def test_a_connection_that_the_service_drains_changes_no_answer(
     assert check_approved(got, whole, emulator.passed("response")) == len(whole)
 
 
+@pytest.mark.parametrize("fault", ["unavailable", *OF_THE_CONNECTION])
 @pytest.mark.parametrize("place", ["prompt", *PLACES])
 def test_one_call_that_does_not_arrive_is_made_again(
-    server: ArmoredServer, emulator: Heard, bodies: Bodies, place: str
+    server: ArmoredServer, emulator: Heard, bodies: Bodies, place: str, fault: str
 ) -> None:
     emulator.emulator.set_faults(
-        f"unavailable containing={REFUSED} times=1",
-        f"unavailable containing={STRUCK} times=1 stage=response",
+        f"{fault} containing={REFUSED} times=1",
+        f"{fault} containing={STRUCK} times=1 stage=response",
     )
     body, whole = bodies[place]
     got = server.exchange(body)

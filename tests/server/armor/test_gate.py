@@ -160,6 +160,13 @@ def test_an_error_of_the_engine_does_not_wait_for_the_verdict(guarded: GuardedSe
     guarded.checker.release()
 
 
+def test_an_outage_that_is_known_never_reaches_the_engine(guarded: GuardedServer) -> None:
+    guarded.checker.is_down, guarded.checker.delay_s = True, 0.02  # more than one turn of the loop
+    assert guarded.complete("outage").status_code == 503
+    assert guarded.engine.seen == []
+    assert guarded.complete("hello").status_code == 200  # a verdict of before may be known
+
+
 def test_several_choices_wait_for_the_verdict_and_share_their_prompt(guarded: GuardedServer) -> None:
     guarded.checker.is_held = True
     with open_post(guarded, COMPLETIONS, {"prompt": "hello", "n": 3, "max_tokens": 1}) as sock:

@@ -105,6 +105,7 @@ def test_a_key_of_any_letters(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "must hold `keys:` with a list"),
+        ("[" * 2_000, "must be YAML, it is not: correct it"),
         ("keys: {}", "must hold `keys:` with a list"),
         ("keys: []\nmore: 1", "must hold `keys:` with a list, and nothing else"),
         ("keys: []", "must have an entry for a key, it has none: add one"),
@@ -177,4 +178,24 @@ def test_a_wrong_version_leaves_the_policies_and_is_complained_of_once(
     assert caplog.text.count("armor policy file not taken, policies=1 hold") == 1
     file.unlink()
     assert policies.policy_of(bearer(KEY)).mode == "strict"
+    assert "canary" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError(KEY)])
+def test_no_version_of_the_file_makes_a_request_fail(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception | None
+) -> None:
+    """None: nested deeper than the parser can go."""
+
+    def fails(_text: bytes) -> None:
+        raise error or AssertionError
+
+    policies = Policies(options(file))
+    if error is not None:
+        monkeypatch.setattr(yaml, "safe_load", fails)
+    file.write_text("[" * 2_000)
+    for _ in range(2):
+        assert policies.policy_of(bearer(KEY)).mode == "strict"
+        assert Use(OTHER, "prompt") in policies.uses()
+    assert caplog.text.count("armor policy file not taken, policies=1 hold") == 1
     assert "canary" not in caplog.text

@@ -2,22 +2,29 @@
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
 from armor_replies import entry, reply, usual
-from fake_armor import MALFORMED, TEMPLATE, FakeArmor, checking, template
+from fake_armor import MALFORMED, TEMPLATE, FakeArmor, checking, config_for, serving, template
 from google.cloud import modelarmor_v1 as armor
 
 from cabochon.server.armor import templates
-from cabochon.server.armor.connections import UnclearReply
+from cabochon.server.armor.connections import Connections, UnclearReply
 from cabochon.server.armor.judge import TemplateFacts
-from cabochon.server.armor.templates import Use, facts_of
+from cabochon.server.armor.templates import Templates, Use, facts_of
 from cabochon.server.armor.verdicts import Verdict
 
 Code = grpc.StatusCode
 FIVE = frozenset(("rai", "sdp", "pi_and_jailbreak", "malicious_uris", "csam"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -150,24 +157,77 @@ def test_facts_are_asked_again_and_those_of_before_hold_through_an_outage(
 ) -> None:
     monkeypatch.setattr(templates, "REFRESH_S", 0.05)
 
-    async def wait(condition: Any) -> None:
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.02)
-
     async def scenario() -> None:
         async with checking() as world:
             policy = world.config.default_policy
             assert not world.checker.may_rewrite(policy, "prompt")
             world.fake.probe = Code.PERMISSION_DENIED
             before = world.fake.num_probes
-            await wait(lambda: world.fake.num_probes >= before + 4)
+            await until(lambda: world.fake.num_probes >= before + 4)
             assert world.checker.problem() is None
             assert not world.checker.may_rewrite(policy, "prompt")
             world.fake.probe, world.fake.template = usual(), template(masks=True)
-            await wait(lambda: world.checker.may_rewrite(policy, "prompt"))
+            await until(lambda: world.checker.may_rewrite(policy, "prompt"))
 
     asyncio.run(scenario())
+
+
+def test_a_problem_of_a_policy_that_is_gone_is_none_and_new_ones_are_asked_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(templates, "RETRY_S", 0.05)
+
+    async def scenario() -> None:
+        async with serving(FakeArmor(probe=Code.NOT_FOUND)) as port:
+            connections = Connections(config_for(port))
+            probes: list[None] = []
+            asked = Templates(connections, lambda: probes.append(None))
+            uses = {Use(TEMPLATE, "prompt")}
+            try:
+                await asked.start(lambda: uses)
+                assert asked.problem() is not None
+                uses = {Use(TEMPLATE, "response")}
+                before = len(probes)
+                await until(lambda: asked.problem() is None)
+                assert len(probes) > before
+            finally:
+                await asked.close()
+                await connections.close()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_ends_the_refreshing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither an error of what gives the uses, nor the service's own status CANCELLED."""
+    monkeypatch.setattr(templates, "REFRESH_S", 0.05)
+
+    async def scenario() -> None:
+        fake, fails = FakeArmor(), False
+        async with serving(fake) as port:
+            connections = Connections(config_for(port))
+            asked = Templates(connections, lambda: None)
+
+            def uses() -> set[Use]:
+                if fails:
+                    raise RuntimeError("sk-canary")
+                return {Use(TEMPLATE, "prompt")}
+
+            try:
+                await asked.start(uses)
+                fake.probe, before = Code.CANCELLED, fake.num_probes
+                await until(lambda: fake.num_probes >= before + 2)
+                fails = True
+                await until(lambda: "not asked about error=RuntimeError" in caplog.text)
+                fails, before = False, fake.num_probes
+                await until(lambda: fake.num_probes >= before + 2)
+            finally:
+                await asked.close()
+                await connections.close()
+
+    asyncio.run(scenario())
+    assert "canary" not in caplog.text
 
 
 def test_a_use_is_a_template_and_a_stage() -> None:
