@@ -237,7 +237,7 @@ def test_optimistic_takes_a_rewrite_for_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delay_s", "check_s", "reads_s", "num_said"), [(0.01, 0.01, 0.0, 40), (0.001, 0.005, 0.01, 55)]
+    ("delay_s", "check_s", "reads_s", "num_said"), [(0.01, 0.01, 0.0, 40), (0.001, 0.005, 0.0105, 55)]
 )
 def test_optimistic_says_nothing_after_a_block(
     delay_s: float, check_s: float, reads_s: float, num_said: int
