@@ -17,6 +17,9 @@ from cabochon.server.logprobs import ScoredTokens
 BANNED = "launch code 4471 delta 9"  # as long as the hold-back
 HOLD_BACK = len(BANNED)
 EMAIL = re.compile(r"[a-z0-9.]+@[a-z0-9.]+")
+UNSPLIT = [  # over and over, they have no place to cut: each blank in a cluster, one cluster, one run
+    "\u0600 \u0301", "\u0301", "\u0600", "👩\u200d", "🇩", "👩👩\ufe0f\u200d", "क\u094d", "\u0600🇩\u0301", "a",
+]  # fmt: skip
 WINDOWS = Windows(first_chars=16, max_chars=64, hold_back_chars=HOLD_BACK, context_chars=16)
 
 
@@ -31,6 +34,7 @@ class World:
     windows: Windows = WINDOWS
     mode: Any = "window"
     banned: str = BANNED
+    reads_s: float = 0.0  # what the reader does with each delta takes so long
     late_end_s: float | None = None  # the reason of the end comes so much after the text
     fails_at: int | None = None  # the piece in whose place the source raises
     check_fails_at: int | None = None
@@ -98,6 +102,8 @@ class World:
                     self.times_s.append(self.now())
                     if len(self.shown) == until:
                         return
+                    if self.reads_s:
+                        await asyncio.sleep(self.reads_s)
         finally:
             self.num_left = len(asyncio.all_tasks()) - 1
 

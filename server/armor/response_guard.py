@@ -20,7 +20,7 @@ from cabochon.server.armor.verdicts import Mode
 from cabochon.server.generation import Delta
 
 MIN_WORDS = 3  # of a window before the end: the injection filter matches nothing in fewer
-RETRY_CHARS = 16  # that must come before a text without a place to cut is looked at again
+RETRY_CHARS = 16  # at least that must come before a text without a place to cut is looked at again
 NEVER = sys.maxsize
 
 Approve = Callable[[str, str], Awaitable[str]]  # (released before, text) -> the text, or what to show instead
@@ -145,18 +145,18 @@ class _Guard:
         has_ended = self._source.done()
         if has_ended:
             self._source.result()
-        if self._unshown:
-            shown, self._unshown = self._unshown, ""
-            return self._release(len(shown), shown)
-        if self._check is not None:
-            return self._settle(self._check) if self._check.verdict.done() else None
-        size = len(self._unchecked)
-        if has_ended and (size == 0 or (self._is_approved and size == self._num_seen)):
-            return self._finish(size, self._unchecked)
-        cut = size if has_ended else self._due_cut(size)
-        if cut > 0:
-            self._start_check(cut)
-        return None
+        if self._check is not None and self._check.verdict.done():
+            shown = self._settle(self._check)
+            if shown is not None or self.is_over:
+                return shown
+        if self._check is None:
+            size = len(self._unchecked)
+            if has_ended and (size == 0 or (self._is_approved and size == self._num_seen)):
+                return self._finish(size, self._unchecked)
+            cut = size if has_ended else self._due_cut(size)
+            if cut > 0:
+                self._start_check(cut)
+        return self._show() if self._unshown else None  # last: who reads slowly must not put checks off
 
     async def close(self) -> None:
         """End it all: nothing runs on behind it."""
@@ -211,7 +211,8 @@ class _Guard:
         hold_back = self._windows.hold_back_chars
         cut = safe_cut(self._unchecked, size - hold_back)
         if cut == 0 or not (size > MAX_RUN or has_words(self._unchecked, MIN_WORDS)):
-            self._wanted = size + RETRY_CHARS
+            retry_at = size + max(RETRY_CHARS, size // 4)  # so all looks together are linear in the text
+            self._wanted = min(retry_at, MAX_RUN + hold_back + 1)  # there it has a place
             return 0
         return cut
 
@@ -256,9 +257,13 @@ class _Guard:
         self.is_over = True
         if not self.ledger.has_begun:
             return None
-        if self._is_optimistic:  # it is out
-            num_chars, text = 0, ""
+        if self._is_optimistic:
+            return self._show(is_last=True)
         return self._release(num_chars, text, is_last=True)
+
+    def _show(self, *, is_last: bool = False) -> Delta:
+        shown, self._unshown = self._unshown, ""
+        return self._release(len(shown), shown, is_last=is_last)
 
     def _release(self, num_chars: int, text: str, *, is_last: bool = False) -> Delta:
         oldest_s = self.ledger.oldest_s

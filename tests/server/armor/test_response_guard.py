@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,14 @@ import hypothesis.strategies as st
 import pytest
 import regex
 import virtual_clock
-from guarded_choice import BANNED, EMAIL, HOLD_BACK, World
+from guarded_choice import BANNED, EMAIL, HOLD_BACK, UNSPLIT, World
 from hypothesis import given, settings
 
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.messages import TokenLogprobs
+from cabochon.server.armor import response_guard
 from cabochon.server.armor.response_guard import Blocked, Windows, guarded
-from cabochon.server.armor.safe_cut import MAX_RUN
+from cabochon.server.armor.safe_cut import MAX_RUN, safe_cut
 from cabochon.server.generation import Delta
 
 PARTS = [
@@ -50,6 +52,7 @@ WORLDS = {
     "delays_s": st.lists(DELAYS, min_size=1, max_size=5),
     "check_s": st.lists(DELAYS, min_size=1, max_size=5),
     "windows": WINDOWS,
+    "reads_s": st.sampled_from([0.0, 0.0, 0.01, 0.4]),
 }
 SPACED = st.lists(st.sampled_from(PARTS), max_size=60).map(" ".join)
 WORDS = SPACED.map(lambda text: text.replace("日本", "x"))
@@ -119,7 +122,7 @@ def test_optimistic_shows_at_once_and_ends_late(world: World, is_bad: bool) -> N
     world.run().check_end("content_filter" if is_bad else "length")
     assert world.text.startswith(world.said())
     assert is_bad or world.said() == world.text
-    assert is_bad or max(world.holds_s, default=0.0) == 0.0
+    assert is_bad or world.reads_s or max(world.holds_s, default=0.0) == 0.0
 
 
 @settings(max_examples=50, deadline=None)
@@ -233,6 +236,20 @@ def test_optimistic_takes_a_rewrite_for_a_block() -> None:
     assert len(world.said()) < len(world.text)
 
 
+@pytest.mark.parametrize(
+    ("delay_s", "check_s", "reads_s", "num_said"), [(0.01, 0.01, 0.0, 40), (0.001, 0.005, 0.0105, 55)]
+)
+def test_optimistic_says_nothing_after_a_block(
+    delay_s: float, check_s: float, reads_s: float, num_said: int
+) -> None:
+    """Not even what came at the same time, nor if more comes before the reader has dealt with the last."""
+    world = World("one two three " + BANNED + " and on" * 400, mode="optimistic", check_s=[check_s])
+    world = replace(world, delays_s=[delay_s], reads_s=reads_s).run()
+    world.check_end("content_filter")
+    assert world.said() == world.text[:num_said]
+    assert len(world.checks) == 1
+
+
 def test_off_touches_nothing() -> None:
     world = World("one a@b.example", mode="off", scored=True, behind=[True])
 
@@ -322,6 +339,32 @@ def test_text_without_blanks_streams(text: str) -> None:
     assert world.said() == text
     assert len(world.shown) > 2
     assert len(world.shown[0].text) < (MAX_RUN + 100 if text[0] == "a" else 100)
+
+
+@pytest.mark.parametrize("unit", UNSPLIT)
+def test_text_that_has_no_place_to_cut_streams_in_bounded_work(unit: str) -> None:
+    world = World(unit * 5000, sizes=[16])
+    world.text = world.text[:5000]
+    begin_s = time.thread_time()
+    world.run()
+    used_s = time.thread_time() - begin_s
+    assert world.said() == world.text
+    assert len(world.shown) > 2
+    assert len(world.shown[0].text) <= MAX_RUN + 17
+    assert used_s < 0.5
+
+
+def test_it_is_looked_at_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def count(text: str, limit: int) -> int:
+        looks.append(len(text))
+        return safe_cut(text, limit)
+
+    monkeypatch.setattr(response_guard, "safe_cut", count)
+    text = "\u0600 \u0301" * 4000
+    assert World(text, sizes=[1]).run().said() == text
+    assert sum(looks) < 8 * len(text)
 
 
 @pytest.mark.parametrize("late_end_s", [None, 0.05, 1.0])

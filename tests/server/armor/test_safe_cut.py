@@ -1,8 +1,11 @@
 """Cuts split no character as a reader sees one and no run without blanks, but one that is too long."""
 
+import time
+
 import hypothesis.strategies as st
 import pytest
 import regex
+from guarded_choice import UNSPLIT
 from hypothesis import given
 
 from cabochon.server.armor.safe_cut import MAX_RUN, has_words, safe_cut
@@ -25,6 +28,9 @@ PARTS = [
     "한",
     "นี้",
     "\u0600",
+    "🇩",
+    "\u200d",
+    "\u0903",
 ]
 TEXTS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=40).map("".join)
 
@@ -70,6 +76,28 @@ def test_a_run_without_blanks_is_split_when_it_is_too_long() -> None:
 def test_so_is_a_character_without_an_end() -> None:
     assert safe_cut("a" + "\u0301" * 5000, MAX_RUN) == 0
     assert safe_cut("a" + "\u0301" * 5000, MAX_RUN + 1) == MAX_RUN + 1
+
+
+def test_where_every_blank_is_in_a_character_any_border_of_one_is_good_behind_the_longest_run() -> None:
+    text = "\u0600 \u0301" * 3000
+    assert safe_cut(text, MAX_RUN) == 0
+    assert [safe_cut(text, limit) for limit in range(2049, 2053)] == [2049, 2049, 2049, 2052]
+    assert safe_cut("a b" + text, MAX_RUN + 1) == 2
+    assert safe_cut("a b" + text, 7000) == 6999
+
+
+def test_an_odd_flag_waits_for_its_other_half() -> None:
+    flags = "a " + "🇩" * 5000
+    assert [safe_cut(flags, limit) for limit in (2050, 2051, 2052)] == [2, 2050, 2052]
+    assert safe_cut("a 🇩" + "🇩🇪" * 5000, 2053) == 2052
+
+
+@pytest.mark.parametrize("unit", UNSPLIT)
+def test_the_work_is_linear(unit: str) -> None:
+    text = (unit * 40_000)[:40_000]
+    begin_s = time.thread_time()
+    assert 0 < safe_cut(text, 39_000) <= 39_000
+    assert time.thread_time() - begin_s < 0.25
 
 
 @given(TEXTS, st.data())
