@@ -49,7 +49,7 @@ class Gate:
         self.config = config
         self._policy_of = policy_of
         self._predicted_wait_s = predicted_wait_s
-        self._passed = VerdictCache(config.armor_cache_s)  # texts of prompts, each by itself
+        self._passed = VerdictCache(config.armor_cache_s)  # beginnings of prompts
         self.windows = Windows(
             first_chars=config.armor_first_window_chars,
             max_chars=config.armor_max_window_chars,
@@ -58,10 +58,6 @@ class Gate:
             max_hold_s=config.armor_max_hold_s,
             pressure=checker.pressure,
         )
-
-    def problem(self) -> str | None:
-        """Why the server is not ready. None: it may be."""
-        return self.checker.problem()
 
     async def close(self) -> None:
         """Ask no more."""
