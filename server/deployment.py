@@ -24,6 +24,7 @@ from cabochon.server.autoscaling import autoscaling_stats
 from cabochon.server.fast_path import replica
 from cabochon.server.ingress import bind_at_once, check_direct_ingress, check_http
 from cabochon.server.logs import set_up_logging
+from cabochon.server.replica_ports import take_over_ports
 from cabochon.server.serve import DEAD_ENGINE_EXIT_S, check_files, raise_file_limit, start_service
 from cabochon.server.settings import (
     Settings,
@@ -85,6 +86,7 @@ class CabochonReplica:
         bind_at_once()
         raise_file_limit(settings.server.max_queued_requests)
         check_files(settings)
+        self._signed_in = await take_over_ports()
         self._service = await start_service(settings)
         if problem := self._service.lifecycle.problem():
             await self._service.engine.shutdown()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -80,6 +81,11 @@ class RayServe:
     def end_delete(self) -> None:
         self._hear()
         self.is_deployed = False
+
+    def settle(self) -> None:
+        """Returns when Serve counts all replicas as running: some time after they have begun to answer."""
+        self._send({"settle": {}})
+        assert self._hear() == READY
 
     def replica(self, index: int) -> psutil.Process:
         """The process that listens on a replica's port."""
@@ -154,12 +160,28 @@ def main() -> None:
             for line in sys.stdin:
                 ((command, args),) = json.loads(line).items()
                 try:
-                    local.deploy(args) if command == "deploy" else local.delete()
+                    if command == "deploy":
+                        local.deploy(args)
+                    elif command == "delete":
+                        local.delete()
+                    else:
+                        wait_running(settings.ray.num_replicas or 1)
                     print(READY, flush=True)
                 except Exception as error:  # whatever it is, the test is told
                     print(FAILED + str(error).replace("\n", " "), flush=True)
         finally:
             local.stop()
+
+
+def wait_running(replicas: int) -> None:
+    from ray import serve
+
+    from cabochon.server.deployment import NAME
+
+    end_s = time.monotonic() + START_S
+    while serve.status().applications[NAME].deployments[NAME].replica_states != {"RUNNING": replicas}:
+        assert time.monotonic() < end_s, serve.status()
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,9 @@ def gateway(ray_serve: RayServe) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def pair(gateway: Gateway) -> Iterator[list[Replica]]:
-    """Both are in the pool, ready and idle."""
+def pair(ray_serve: RayServe, gateway: Gateway) -> Iterator[list[Replica]]:
+    """Both are in the pool, ready and idle, and Serve has no more to do."""
+    ray_serve.settle()
     with Replica(0) as one, Replica(1) as other:
         for replica in (one, other):
             wait_until(lambda replica=replica: replica.health() == 200, REPLACE_S)
@@ -219,3 +220,19 @@ def test_replicas_are_replaced_one_by_one_and_no_client_notices(
     assert not traffic.failures()
     assert not traffic.served_by(first, left_s, back_s - PROBE_INTERVAL_S)
     assert {ray_serve.replica(index).pid for index in range(2)}.isdisjoint(old)
+
+
+def test_an_update_while_a_replica_starts_takes_no_port_from_the_node(
+    ray_serve: RayServe, pair: list[Replica]
+) -> None:
+    """Serve kills a replica that it does not count yet, and forgets that replica's port."""
+    old = [ray_serve.replica(index).pid for index in range(2)]
+    ray_serve.engine(0).kill()
+    wait_until(lambda: pair[0].health() == 0, 20)
+    wait_until(lambda: pair[0].health() == 200, REPLACE_S)
+    started = ray_serve.replica(0).pid
+    answer = ray_serve.deploy()
+    assert answer == READY, answer
+    assert [replica.health() for replica in pair] == [200, 200]
+    assert {ray_serve.replica(index).pid for index in range(2)}.isdisjoint([*old, started])
+    assert f"port given back port={PORT}" in ray_serve.output()

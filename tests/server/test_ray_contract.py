@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 from ray.serve._private import constants, http_util
 from ray.serve._private.common import RequestProtocol
 from ray.serve._private.controller import ServeController
-from ray.serve._private.node_port_manager import NoAvailablePortError, PortAllocator
+from ray.serve._private.node_port_manager import NoAvailablePortError, NodePortManager, PortAllocator
 from ray.serve._private.replica import SERVE_BUILD_ASGI_APP_METHOD, Replica
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
@@ -131,6 +132,33 @@ def test_a_port_that_could_not_be_bound_is_never_offered_again(allocator: PortAl
     assert allocator.allocate("b") == 8001
     with pytest.raises(NoAvailablePortError):
         allocator.allocate("c")
+
+
+def test_serve_loses_the_port_of_a_replica_between_two_looks_until_we_give_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If this fails at the first `raises`, Ray has mended it: server/replica_ports.py may go."""
+    prefix = "ray.serve._private.node_port_manager.RAY_SERVE_"
+    monkeypatch.setattr(f"{prefix}PORT_QUARANTINE_S", 0)
+    monkeypatch.setattr(f"{prefix}DIRECT_INGRESS_MIN_HTTP_PORT", 8000)
+    monkeypatch.setattr(f"{prefix}DIRECT_INGRESS_MAX_HTTP_PORT", 8002)
+    monkeypatch.setattr(NodePortManager, "_node_managers", {})
+    node = NodePortManager.get_node_manager("node")
+    assert node.allocate_port("old", RequestProtocol.HTTP) == 8000
+    NodePortManager.prune({"node": {"old"}})
+    assert node.allocate_port("starting", RequestProtocol.HTTP) == 8001
+    NodePortManager.prune({"node": {"old"}})  # that replica came and went since the last look
+    with pytest.raises(NoAvailablePortError):
+        node.allocate_port("next", RequestProtocol.HTTP)
+    with pytest.raises(AssertionError, match="port mismatch"):
+        node.release_port("starting", 8000, RequestProtocol.HTTP)
+    node.release_port("starting", 8001, RequestProtocol.HTTP)
+    with pytest.raises(ValueError, match="not allocated"):
+        node.release_port("starting", 8001, RequestProtocol.HTTP)
+    assert node.allocate_port("next", RequestProtocol.HTTP) == 8001
+    assert list(signature(ServeController.release_replica_port).parameters)[1:5] == [
+        *("node_id", "replica_id", "port", "protocol")
+    ]
 
 
 @pytest.mark.parametrize(
