@@ -31,7 +31,7 @@ class AttentionInputs:
 
 Inputs = TypeVar("Inputs", bound=AttentionInputs)
 Move = Callable[[NDArray[Any]], Tensor]
-Backend = Literal["torch", "triton", "flash-attn"]
+Backend = Literal["torch", "native", "triton", "flash-attn"]
 
 
 class Attention(ABC, Generic[Inputs]):
@@ -56,6 +56,10 @@ def make_attention(backend: Backend, model: ModelConfig, pages: KVPages) -> Atte
     """The backend over these pages."""
     if backend == "torch":
         return TorchAttention(model, pages)
+    if backend == "native":
+        from cabochon.engine.native_attention import NativeAttention  # a subclass of what is defined here
+
+        return NativeAttention(model, pages)
     if backend == "flash-attn":
         from cabochon.engine.flash_attention import FlashAttention  # flash-attn is an optional package
 

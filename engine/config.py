@@ -18,8 +18,8 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # auto: bf16 where the hardware has it; Gemma overflows in fp16
     )
-    attention_backend: Literal["auto", "torch", "triton", "flash-attn"] = (
-        "auto"  # auto: triton on a GPU, torch on a CPU; flash-attn: its package, an NVIDIA GPU and bf16
+    attention_backend: Literal["auto", "torch", "native", "triton", "flash-attn"] = (
+        "auto"  # auto: triton on a GPU, native (C) on a CPU; flash-attn: its package, an NVIDIA GPU and bf16
     )
     kv_dtype: Literal["auto", "fp8"] = (
         "auto"  # auto: as dtype; fp8 holds nearly twice the tokens, rounded to e4m3; triton only

@@ -17,7 +17,7 @@ from cabochon.engine.attention import Attention
 from cabochon.engine.device_rows import DeviceRows
 from cabochon.engine.device_sampler import DeviceSampler
 from cabochon.engine.models.gemma import Gemma
-from cabochon.engine.triton_attention import TritonInputs
+from cabochon.engine.pages_attention import PagesInputs
 from cabochon.kernels.prepare_inputs import DecodeInputs, decode_inputs, prepare_decodes
 
 LARGEST = 256  # rows: beyond, the launches of a step cost little beside its work
@@ -144,8 +144,8 @@ class DecodeGraphs:
         return Graph(row_ids, tokens, tiles, buffers, self._capture(work))
 
 
-def _static_inputs(buffers: DecodeInputs) -> TritonInputs:
-    return TritonInputs(
+def _static_inputs(buffers: DecodeInputs) -> PagesInputs:
+    return PagesInputs(
         positions=buffers.positions,
         slots=list(buffers.slots),
         page_tables=list(buffers.page_tables),

@@ -78,7 +78,7 @@ def load_engine(
     torch.set_num_threads(config.threads or usable_cores())
     model_config = load_model_config(model_dir)
     device = settle_device(config)
-    backend = settle_backend(config, device)
+    backend = settle_backend(config, device, model_config)
     dtype_name = settle_dtype(config, device)
     dtype = DTYPES[dtype_name]
     make_linear = settle_linear(config, device, dtype_name)

@@ -12,6 +12,8 @@ from cabochon.engine.kv_pages import FP8
 from cabochon.engine.linear import Fp8Linear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.models.native_gemma import NativeGemma, can_run_native
+from cabochon.kernels.native import library
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ def settle_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if config.device == "cuda" else "cpu")
 
 
-def settle_backend(config: EngineConfig, device: torch.device) -> Backend:
-    """`auto` says why. Raises ConfigError if Triton is asked for where it cannot run."""
+def settle_backend(config: EngineConfig, device: torch.device, model: ModelConfig) -> Backend:
+    """`auto` says why. Raises ConfigError if Triton or C kernels are asked for where they cannot run."""
     can_triton = has_triton() and (
         device.type == "cuda" or (config.attention_backend == "triton" and _is_interpreted())
     )
@@ -46,13 +48,27 @@ def settle_backend(config: EngineConfig, device: torch.device) -> Backend:
             f"attention_backend must be torch on this {device.type}"
             f" {'with' if has_triton() else 'without'} triton installed, got triton: use torch"
         )
+    reason = _why_not_native(device, model)
+    if config.attention_backend == "native" and reason is not None:
+        raise ConfigError(f"attention_backend must be torch with {reason}, got native: use torch")
     if config.attention_backend != "auto":
         return config.attention_backend
     if device.type == "cuda" and has_triton():
         logger.info("attention backend=triton reason=an NVIDIA GPU, and flash-attn is not measured yet")
         return "triton"
-    logger.info("attention backend=torch reason=%s", "no GPU" if device.type == "cpu" else "no triton")
+    if reason is None:
+        logger.info("attention backend=native reason=no GPU")
+        return "native"
+    logger.info("attention backend=torch reason=%s", reason if device.type == "cpu" else "no triton")
     return "torch"
+
+
+def _why_not_native(device: torch.device, model: ModelConfig) -> str | None:
+    if device.type != "cpu":
+        return f"a {device.type}"
+    if library() is None:
+        return "no native library: none was built, or the CPU is older than AVX2"
+    return None if can_run_native(model) else "a model whose rows or heads are no multiple of 16"
 
 
 def _is_interpreted() -> bool:
@@ -89,14 +105,16 @@ def settle_kv_dtype(config: EngineConfig, backend: Backend, dtype: torch.dtype) 
 
 def model_class_for(backend: Backend, config: ModelConfig) -> type[Gemma]:
     """The fused forward pass where its kernels take the model."""
+    if backend == "native":
+        return NativeGemma
     if backend != "triton":
         return Gemma
-    from cabochon.engine.models.fused import (
-        FusedGemma,
+    from cabochon.engine.models.triton_gemma import (
+        TritonGemma,
         can_fuse,
     )  # triton is optional: a CPU has no use for it
 
-    return FusedGemma if can_fuse(config) else Gemma
+    return TritonGemma if can_fuse(config) else Gemma
 
 
 def settle_linear(config: EngineConfig, device: torch.device, dtype_name: str) -> MakeLinear:

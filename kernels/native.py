@@ -7,10 +7,12 @@ none fits, or none was built for want of a compiler, callers fall back to torch'
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LEVELS = {"AVX512": "_native_v4", "AVX2": "_native_v3"}  # torch's names; x86-64-v4 and x86-64-v3
 
@@ -29,3 +31,37 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             return ctypes.CDLL(str(path))
     return None
+
+
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
+IS_FP32 = {torch.bfloat16: 0, torch.float32: 1}  # the working dtypes that the kernels know
+
+
+@functools.cache
+def function(name: str, parameters: str) -> Callable[..., int]:
+    """A function of the library, which must be there.
+
+    parameters: a letter for each: pointer (an address), int, float. Those that return nothing return noise.
+    """
+    found = library()
+    assert found is not None, "no native library: callers ask first"
+    called = found[name]
+    called.argtypes = [TYPES[letter] for letter in parameters]
+    return called
+
+
+def check(fits: bool, *tensors: Tensor) -> None:
+    """Raises ValueError, naming all shapes, unless `fits` and all are contiguous, of one known dtype, on CPU."""
+    first = tensors[0]
+    if not fits or first.dtype not in IS_FP32 or first.device.type != "cpu":
+        raise ValueError(f"shapes and dtypes must fit the kernel, got {[describe(x) for x in tensors]}")
+    for x in tensors:
+        if x.dtype != first.dtype or not x.is_contiguous():
+            raise ValueError(
+                f"tensors must be contiguous and of one dtype, got {[describe(x) for x in tensors]}"
+            )
+
+
+def describe(x: Tensor) -> str:
+    """For errors: shape, strides, dtype and device, no values."""
+    return f"{list(x.shape)} {x.stride()} {x.dtype} {x.device}"

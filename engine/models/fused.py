@@ -1,11 +1,12 @@
-"""Gemma's forward pass on the fused kernels: what stands between two GEMMs is one launch, or attention's.
+"""Gemma's forward pass on fused kernels, Triton's or C's: what stands between two GEMMs is one launch, or attention's.
 
 Per layer: QKV product · norm, rope and page write · attention · out product · sandwich norm · gate and up
 product · GeGLU · down product · sandwich norm, the last with the next layer's input norm in it. Rounds where
 Gemma rounds. Asks the device for nothing and takes no shape from data, so a CUDA graph may hold it whole.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +18,17 @@ from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma, LayerLinears, LoadTensor
-from cabochon.engine.triton_attention import TritonAttention, TritonInputs
-from cabochon.kernels.embed_norm import embed_norm
-from cabochon.kernels.geglu import geglu
-from cabochon.kernels.qkv_rope_write import qkv_rope_write
-from cabochon.kernels.rms_norm import MAX_ROW, rms_norm
-from cabochon.kernels.sandwich_norm import sandwich_norm
-
-SMALLEST_HEAD_DIM = 16  # of a product of tensor cores
+from cabochon.engine.pages_attention import PagesAttention, PagesInputs
 
 
-def can_fuse(config: ModelConfig) -> bool:
-    """Whether the kernels take the model: heads of a power of two, rows that fit a tile."""
-    D = config.head_dim
-    return D >= SMALLEST_HEAD_DIM and D & (D - 1) == 0 and config.hidden_size <= MAX_ROW
+class FusedKernels(NamedTuple):
+    """What stands between the products. Arguments: kernels/embed_norm.py and those of the other names."""
+
+    embed_norm: Callable[..., None]
+    rms_norm: Callable[..., None]
+    qkv_rope_write: Callable[..., None]
+    sandwich_norm: Callable[..., None]
+    geglu: Callable[..., None]
 
 
 class _Step(NamedTuple):
@@ -45,16 +43,20 @@ class _Step(NamedTuple):
     gated: Tensor  # [T', F]
 
 
-class FusedGemma(Gemma):
-    """Gemma with the same weights, for TritonAttention alone."""
-
-    is_graph_safe = True
+class FusedGemma(Gemma, ABC):
+    """Gemma with the same weights, for attention through page tables."""
 
     def __init__(
         self, config: ModelConfig, load: LoadTensor, max_model_len: int, make_linear: MakeLinear = Linear
     ) -> None:
         super().__init__(config, load, max_model_len, make_linear)
+        self._kernels = self.load_kernels()
         self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing
+
+    @staticmethod
+    @abstractmethod
+    def load_kernels() -> FusedKernels:
+        """Those of the device."""
 
     def hidden(
         self,
@@ -68,11 +70,11 @@ class FusedGemma(Gemma):
         token_ids: [T'] int64, T' ≥ the tokens of `inputs`; what is beyond them, or has the slot −1, is
         padding and writes no K and V. Returns [T', E].
         """
-        assert isinstance(attention, TritonAttention)
-        assert isinstance(inputs, TritonInputs)
+        assert isinstance(attention, PagesAttention)
+        assert isinstance(inputs, PagesInputs)
         eps, layers = self.config.norm_eps, self._layers
         step = self._step(len(token_ids), inputs)
-        embed_norm(
+        self._kernels.embed_norm(
             token_ids, self._embedding, self._host_scale, layers[0].input_norm, eps,
             residual_out=step.residual, x_out=step.x,
         )  # fmt: skip
@@ -80,12 +82,12 @@ class FusedGemma(Gemma):
         for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             linears = LayerLinears(index, layer, deltas)
             branch = self._attend(linears, step, inputs, attention)  # [T', E]
-            _end_branch(branch, layer.post_attention_norm, layer.pre_mlp_norm, eps, step)
-            geglu(linears.gate_up(step.x), out=step.gated)
-            _end_branch(linears.down(step.gated), layer.post_mlp_norm, next_norm, eps, step)
+            self._end_branch(branch, layer.post_attention_norm, layer.pre_mlp_norm, eps, step)
+            self._kernels.geglu(linears.gate_up(step.x), out=step.gated)
+            self._end_branch(linears.down(step.gated), layer.post_mlp_norm, next_norm, eps, step)
         return step.residual
 
-    def _step(self, num_rows: int, inputs: TritonInputs) -> _Step:
+    def _step(self, num_rows: int, inputs: PagesInputs) -> _Step:
         config, embedding = self.config, self._embedding
         heads = (num_rows, config.num_heads, config.head_dim)
         residual = embedding.new_empty((num_rows, config.hidden_size))
@@ -100,11 +102,11 @@ class FusedGemma(Gemma):
         )
 
     def _attend(
-        self, linears: LayerLinears, step: _Step, inputs: TritonInputs, attention: TritonAttention
+        self, linears: LayerLinears, step: _Step, inputs: PagesInputs, attention: PagesAttention
     ) -> Tensor:
         layer, pages = self._layers[linears.layer_idx], attention.pages_of(linears.layer_idx)
         cos, sin = self._rope[layer.is_sliding]
-        qkv_rope_write(
+        self._kernels.qkv_rope_write(
             linears.qkv(step.x), step.positions, cos, sin, step.slots[pages.group],
             q_out=step.q, k_pages=pages.k, v_pages=pages.v, k_scales=pages.k_scales, v_scales=pages.v_scales,
             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.norm_eps,
@@ -112,18 +114,19 @@ class FusedGemma(Gemma):
         out = attention.attend_pages(linears.layer_idx, step.q, inputs, out=step.attended)
         return linears.out(out.flatten(1))
 
+    def _end_branch(
+        self, branch: Tensor, post_norm: Tensor, next_norm: Tensor | None, eps: float, step: _Step
+    ) -> None:
+        """Add the normalized branch to the residual; the norm of that is the next branch's input."""
+        self._kernels.sandwich_norm(
+            branch, step.residual, post_norm, next_norm, eps,
+            residual_out=step.residual, x_out=None if next_norm is None else step.x,
+        )  # fmt: skip
+
     def normed(self, hidden: Tensor) -> Tensor:
         out = torch.empty_like(hidden)
-        rms_norm(hidden, self._final_norm, self.config.norm_eps, out=out)
+        self._kernels.rms_norm(hidden, self._final_norm, self.config.norm_eps, out=out)
         return out
-
-
-def _end_branch(branch: Tensor, post_norm: Tensor, next_norm: Tensor | None, eps: float, step: _Step) -> None:
-    """Add the normalized branch to the residual; the norm of that is the next branch's input."""
-    sandwich_norm(
-        branch, step.residual, post_norm, next_norm, eps,
-        residual_out=step.residual, x_out=None if next_norm is None else step.x,
-    )  # fmt: skip
 
 
 def _padded(tensors: Sequence[Tensor], num_rows: int, value: int) -> list[Tensor]:

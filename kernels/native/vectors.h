@@ -18,11 +18,11 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * LANES)));
 
 static inline vfloat splat(float x) { return x - (vfloat){0}; }
 
-static inline vfloat select(vint mask, vfloat a, vfloat b) {
+static inline vfloat choose(vint mask, vfloat a, vfloat b) {
   return (vfloat)(((vint)a & mask) | ((vint)b & ~mask));
 }
 
-static inline vfloat vmax(vfloat a, vfloat b) { return select(a > b, a, b); }
+static inline vfloat vmax(vfloat a, vfloat b) { return choose(a > b, a, b); }
 
 static inline vfloat load_fp32(const void *from) {
   vfloat x;
@@ -42,7 +42,7 @@ static inline vfloat load_bf16(const void *from) {
 static inline vfloat round_bf16(vfloat x) {
   vuint bits = (vuint)x;
   vuint rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  return select(x == x, (vfloat)rounded, (vfloat)((vuint)x | 0x400000u));
+  return choose(x == x, (vfloat)rounded, (vfloat)((vuint)x | 0x400000u));
 }
 
 static inline void store_bf16(void *to, vfloat x) {
@@ -71,7 +71,7 @@ static inline float max_lanes(vfloat x) {
    -87.3 it is 0, above 88.7 infinity, of NaN it is NaN. */
 static inline vfloat vexp(vfloat x) {
   const vfloat magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-  vfloat inside = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.7f), splat(88.7f), x));
+  vfloat inside = choose(x < splat(-87.3f), splat(-87.3f), choose(x > splat(88.7f), splat(88.7f), x));
   vfloat n = (inside * splat(1.44269504088896341f) + magic) - magic;
   vfloat r = inside - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
@@ -85,9 +85,22 @@ static inline vfloat vexp(vfloat x) {
   vint half = __builtin_convertvector(n, vint) >> 1; /* two factors: 2^128 is no float */
   vint rest = __builtin_convertvector(n, vint) - half;
   y = y * (vfloat)((half + 127) << 23) * (vfloat)((rest + 127) << 23);
-  y = select(x < splat(-87.3f), splat(0.0f), y);
-  y = select(x > splat(88.7f), splat(__builtin_inff()), y);
-  return select(x == x, y, x);
+  y = choose(x < splat(-87.3f), splat(0.0f), y);
+  y = choose(x > splat(88.7f), splat(__builtin_inff()), y);
+  return choose(x == x, y, x);
+}
+
+/* tanh with an error of 2 ulp: a polynomial near 0 (Cephes, tanhf), else 1 - 2 / (exp(2 x) + 1). */
+static inline vfloat vtanh(vfloat x) {
+  vfloat z = x * x;
+  vfloat y = splat(-5.70498872745e-3f);
+  y = y * z + splat(2.06390887954e-2f);
+  y = y * z + splat(-5.37397155531e-2f);
+  y = y * z + splat(1.33314422036e-1f);
+  y = y * z + splat(-3.33332819422e-1f);
+  y = y * z * x + x;
+  vfloat far = splat(1.0f) - splat(2.0f) / (vexp(x + x) + splat(1.0f));
+  return choose(z < splat(0.390625f), y, far);
 }
 
 #endif

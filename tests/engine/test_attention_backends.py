@@ -7,7 +7,7 @@ from attention_world import GLOBAL, SLIDING, AttentionWorld
 
 from cabochon.engine.attention import Backend
 
-BACKENDS = [("torch", 4), ("torch", 256), ("triton", 4), ("flash-attn", 256)]
+BACKENDS = [("torch", 4), ("torch", 256), ("native", 4), ("native", 256), ("triton", 4), ("flash-attn", 256)]
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda param: f"{param[0]}-{param[1]}")

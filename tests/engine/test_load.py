@@ -124,18 +124,18 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("asked", "device", "backend"),
     [
-        ("auto", "cpu", "torch"),
+        ("auto", "cpu", "native"),
         ("auto", "cuda", "triton"),
         ("torch", "cuda", "torch"),
         ("flash-attn", "cuda", "flash-attn"),
     ],
 )
 def test_auto_says_why_it_chose_a_backend(
-    caplog: pytest.LogCaptureFixture, asked: str, device: str, backend: str
+    caplog: pytest.LogCaptureFixture, tiny_gemma2_dir: Path, asked: str, device: str, backend: str
 ) -> None:
     caplog.set_level(logging.INFO, "cabochon")
     config = EngineConfig(attention_backend=asked)  # type: ignore[arg-type]
-    assert settle_backend(config, torch.device(device)) == backend
+    assert settle_backend(config, torch.device(device), load_model_config(tiny_gemma2_dir)) == backend
     said = [record.getMessage() for record in caplog.records]
     assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
 
@@ -143,16 +143,19 @@ def test_auto_says_why_it_chose_a_backend(
 REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU, and flash-attn is not measured yet"}
 
 
-def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_refused_where_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tiny_gemma2_dir: Path
+) -> None:
+    model = load_model_config(tiny_gemma2_dir)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match="attention_backend must be torch on this cpu"):
-        settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"))
+        settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"), model)
 
 
 def test_fp8_pages_are_refused_where_nothing_reads_them(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_gemma2_dir / "config.json", tmp_path)  # before weights are looked for
     message = (
-        "kv_dtype must be auto with the torch attention backend, got fp8: use auto, or a GPU and"
+        "kv_dtype must be auto with the native attention backend, got fp8: use auto, or a GPU and"
         " attention_backend triton"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -172,7 +175,7 @@ def test_fp8_pages_hold_more_tokens(tiny_gemma2_dir: Path, kv_dtype: str, head_b
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
     ("backend", "head_dim", "name"),
-    [("torch", 16, "Gemma"), ("triton", 16, "FusedGemma"), ("triton", 24, "Gemma")],
+    [("torch", 16, "Gemma"), ("triton", 16, "TritonGemma"), ("triton", 24, "Gemma")],
 )
 def test_the_fused_model_is_taken_where_its_kernels_run(
     tiny_gemma2_dir: Path, backend: str, head_dim: int, name: str
@@ -242,7 +245,7 @@ def test_the_engine_says_what_it_has_loaded(tiny_gemma3_dir: Path) -> None:
     core, info = load(tiny_gemma3_dir, model="as given")
     assert (info.model, info.architecture) == ("as given", "Gemma3ForCausalLM")
     assert info.model_dir == str(tiny_gemma3_dir)
-    assert (info.device, info.attention_backend, info.max_seqs, info.page_tokens) == ("cpu", "torch", 4, 4)
+    assert (info.device, info.attention_backend, info.max_seqs, info.page_tokens) == ("cpu", "native", 4, 4)
     assert (info.max_model_len, info.eos_token_ids) == (512, [1])
     assert info.num_groups == 7  # six sliding layers and one global: groups of one
     assert info.load_s > 0
@@ -255,7 +258,7 @@ def test_one_line_says_that_the_engine_is_ready(
     caplog.set_level(logging.INFO, "cabochon")
     _, info = load(tiny_gemma2_dir)
     expected = (
-        "engine ready architecture=Gemma2ForCausalLM device=cpu attention=torch dtype=fp32 threads=1"
+        "engine ready architecture=Gemma2ForCausalLM device=cpu attention=native dtype=fp32 threads=1"
         f" pages={info.num_pages} page_tokens=4 kv_bytes={info.kv_bytes} weight_bytes={info.weight_bytes}"
     )
     assert [record.getMessage() for record in caplog.records if "ready" in record.getMessage()] == [expected]

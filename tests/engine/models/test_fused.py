@@ -27,10 +27,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from cabochon.engine.kv_pages import FP8
 from cabochon.engine.models.config import ModelConfig
-from cabochon.engine.models.fused import FusedGemma, can_fuse
 from cabochon.engine.models.gemma import Gemma
+from cabochon.engine.models.triton_gemma import TritonGemma, can_fuse
+from cabochon.engine.pages_attention import PagesInputs
 from cabochon.engine.plan import Plan
-from cabochon.engine.triton_attention import TritonInputs
 from cabochon.kernels.error_budget import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 def forward_for(hf: Any, *, is_fused: bool = True, **options: Any) -> Forward:
-    fused: dict[str, Any] = {"model_class": FusedGemma, "backend": "triton"} if is_fused else {}
+    fused: dict[str, Any] = {"model_class": TritonGemma, "backend": "triton"} if is_fused else {}
     sizes = {"page_tokens": P, "max_seqs": 4, "max_len": 64}
     return Forward(config_of(hf), dict(hf.state_dict()), **{**sizes, **fused, **options})
 
@@ -116,7 +116,7 @@ def test_greedy_tokens_equal_transformers(case: Case) -> None:
     assert prompt[9:] == oracle_greedy(case.hf, prompt[:9], 3)
 
 
-def decodes(forward: Forward, num_rows: int = 4) -> tuple[torch.Tensor, TritonInputs]:
+def decodes(forward: Forward, num_rows: int = 4) -> tuple[torch.Tensor, PagesInputs]:
     """The last tokens of rows 0 and 3 once more, in buffers of num_rows as a CUDA graph has them."""
     rows = np.array([0, 3], np.int32)
     starts = forward.rows.num_computed[rows] - 1
