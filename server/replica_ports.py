@@ -15,7 +15,7 @@ from typing import BinaryIO
 import ray
 from ray import serve
 from ray._private import worker
-from ray.exceptions import RayError
+from ray.exceptions import RayTaskError
 from ray.serve._private import constants
 from ray.serve._private.common import RequestProtocol
 
@@ -29,7 +29,8 @@ FOLDER = "cabochon_replicas"  # in Ray's folder of the session, which is one nod
 async def take_over_ports() -> BinaryIO:
     """In a replica that starts: give back what ended replicas of this node still hold, and sign in.
 
-    Returns the open file that says that this replica lives, as long as its process does.
+    Returns the open file that says that this replica lives, as long as its process does. Raises RayError if
+    the controller cannot be asked: Serve then tries again, and the ended ones are still known.
     """
     folder = Path(worker._global_node.get_session_dir_path()) / FOLDER
     controller = ray.get_actor(constants.SERVE_CONTROLLER_NAME, namespace=constants.SERVE_NAMESPACE)
@@ -40,7 +41,7 @@ async def take_over_ports() -> BinaryIO:
             try:
                 await controller.release_replica_port.remote(*arguments)
                 logger.info("port given back port=%d ended_replica=%s", port, replica_id)
-            except RayError:  # as it should be: that replica does not hold that port
+            except RayTaskError:  # as it should be: the controller refuses, that replica does not hold it
                 pass
         (folder / replica_id).unlink(missing_ok=True)
     return sign_in(folder, serve.get_replica_context().replica_id.unique_id)

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from fake_server import fake_service
@@ -92,6 +93,7 @@ def test_on_ray_a_guard_with_a_problem_is_an_error_of_the_start(
     monkeypatch.setattr(start, "start_guard", problem)
     for name in SET_UP:
         monkeypatch.setattr(deployment, name, lambda *_: None)
+    monkeypatch.setattr(deployment, "take_over_ports", AsyncMock())
 
     async def scenario() -> None:
         with pytest.raises(ConfigError, match="the template must be there"):
