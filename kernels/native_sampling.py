@@ -43,8 +43,8 @@ def candidates(
 ) -> list[Tensor | None] | None:
     """The tokens that can win each draw from logits[rows] / temperatures by the noise of keys (sampling.py).
 
-    logits: [R, V] without NaN. keys: 64 bits each. Returns for each draw ascending ids [C] int64, C > 0, or None
-    where they are too many or all logits −inf.
+    logits: [R, V] without NaN. keys: 64 bits each. Returns for each draw ascending ids [C] int64, or None
+    where there are too many, or all logits are −inf.
     """
     library = _library(logits)
     if library is None:

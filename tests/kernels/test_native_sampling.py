@@ -57,7 +57,7 @@ def test_draws_are_the_definitions(kind: str, vocab: int, dtype: torch.dtype) ->
     assert gumbel_argmax(scaled, 5, 6) == gumbel_argmax_reference(scaled, 5, 6)
 
 
-@pytest.mark.parametrize("height", [3e7, 3e8])
+@pytest.mark.parametrize("height", [3e8, 3e9])
 def test_too_many_candidates_leave_the_draw_to_the_definition(height: float) -> None:
     scaled = torch.full((2000,), height)
     (found,) = native_sampling.candidates(scaled[None], [0], [1.0], [noise_key(1, 2)]) or []
