@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.pages_attention import PagesAttention, PagesInputs
-from cabochon.kernels.native_attention import native_attention
+from cabochon.kernels.native.attention import native_attention
 
 
 class NativeAttention(PagesAttention):
@@ -16,7 +16,8 @@ class NativeAttention(PagesAttention):
         pages = self._pages.of_layer(layer)
         out = torch.zeros_like(q) if out is None else out
         native_attention(
-            q.contiguous(), pages.k, pages.v, inputs.page_tables[pages.group], inputs.cu_seqlens_q, inputs.seq_lens,
+            q.contiguous(), pages.k, pages.v,
+            inputs.page_tables[pages.group], inputs.cu_seqlens_q, inputs.seq_lens,
             scale=self._model.attention_scale,
             softcap=self._model.attention_softcap,
             window=self._pages.layout.windows[pages.group],

@@ -1,4 +1,4 @@
-"""Backends whose kernels find keys through page tables: what a step tells them, and what they have in common."""
+"""Backends whose kernels find keys through page tables: what a step tells them, and what they share."""
 
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -19,7 +19,8 @@ from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
-from cabochon.kernels.sampling import gumbel_argmax, penalize_, truncation_threshold
+from cabochon.kernels.native.sampling import find_largest
+from cabochon.kernels.sampling import Draw, draw, gumbel_argmax, penalize_, truncation_threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +64,29 @@ class Sampler:
 
         `exact` settles ties that a rounded dtype made.
         """
-        highest, token_ids = logits.max(-1)  # NaN wins, so it shows
+        found = find_largest(logits)
+        highest, token_ids = found[:2] if found else logits.max(-1)  # NaN wins, so it shows
         plain = [self._is_plain(int(row), rows) for row in row_ids]
         if exact is not None and any(plain):
-            self._settle_ties(logits, highest, token_ids, exact)
+            num_tied = found.num_tied if found else (logits == highest[:, None]).sum(-1)
+            tied = [i for i, num in enumerate(num_tied.tolist()) if plain[i] and num > 1]
+            self._settle_ties(logits, highest, token_ids, tied, exact)
         chosen = token_ids.cpu().numpy().astype(np.int32)
         is_finite = highest.isfinite().cpu().numpy()
         wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
         kept = logits[wanted].float() if wanted else None  # a copy: choosing overwrites
         result = StepResult(chosen, is_finite)
         self._grace_end_s = grace_end_s()
+        drawn: list[Draw] = []
         for index, row in enumerate(row_ids.tolist()):
-            if is_finite[index] and not plain[index]:
+            if not is_finite[index] or plain[index]:
+                continue
+            if self._is_only_drawn(row, rows):
+                params = self._rows[row].params
+                drawn.append(Draw(index, params.temperature, params.seed, int(rows.num_tokens[row])))
+            else:
                 chosen[index] = self._choose(logits[index].float(), row, rows, result)
+        chosen[[each.row for each in drawn]] = draw(logits, drawn)
         if kept is not None:
             result.logprobs.update(self._logprobs(kept, wanted, chosen, row_ids, exact))
         return result
@@ -103,21 +114,30 @@ class Sampler:
         return {int(row_ids[index]): one for index, one in zip(indices, found, strict=True)}
 
     def _is_plain(self, row: int, rows: Rows) -> bool:
+        return self._rows[row].params.is_greedy and self._is_unbound(row, rows)
+
+    def _is_only_drawn(self, row: int, rows: Rows) -> bool:
+        """Whether the row's token is a draw from its logits as they are, but for the temperature."""
+        params = self._rows[row].params
+        is_whole = not (params.top_k or params.top_p < 1 or params.min_p)
+        return self._softcap is None and is_whole and self._is_unbound(row, rows)
+
+    def _is_unbound(self, row: int, rows: Rows) -> bool:
         params = self._rows[row].params
         is_free = rows.num_tokens[row] - rows.num_prompt[row] >= params.min_tokens
-        is_bound = params.has_penalties or params.logit_bias or params.grammar is not None
-        return params.is_greedy and not is_bound and bool(is_free)
+        return bool(is_free) and not (params.has_penalties or params.logit_bias or params.grammar is not None)
 
-    def _settle_ties(self, logits: Tensor, highest: Tensor, token_ids: Tensor, exact: ExactLogits) -> None:
+    def _settle_ties(
+        self, logits: Tensor, highest: Tensor, token_ids: Tensor, tied: list[int], exact: ExactLogits
+    ) -> None:
         """Among tokens that share the rounded maximum, take the largest fp32 logit, then the lowest id."""
-        row_of, ids = (logits == highest[:, None]).nonzero(as_tuple=True)  # by row, ascending ids
-        tied = torch.bincount(row_of, minlength=len(logits)) > 1
-        is_tied = tied[row_of]
-        row_of, ids = row_of[is_tied], ids[is_tied]
-        if not len(ids):
+        if not tied:
             return
+        indices = torch.tensor(tied, device=self._device)
+        row_of, ids = (logits[indices] == highest[indices, None]).nonzero(as_tuple=True)  # by row, ascending
+        row_of = indices[row_of]
         values = exact(row_of, ids)
-        for row in sorted(set(row_of.tolist())):
+        for row in tied:
             mine = row_of == row
             token_ids[row] = ids[mine][values[mine].argmax()]
 

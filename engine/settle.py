@@ -13,7 +13,7 @@ from cabochon.engine.linear import Fp8Linear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.models.native_gemma import NativeGemma, can_run_native
-from cabochon.kernels.native import library
+from cabochon.kernels.native.library import library
 
 logger = logging.getLogger(__name__)
 

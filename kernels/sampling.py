@@ -9,9 +9,13 @@ Nothing sorts the vocabulary. Truncations are value thresholds: ties at a thresh
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cabochon.kernels.native.sampling import find_candidates
 
 GUMBEL_MAX = 23.0  # −log(−log1p(−2⁻³³)) = 22.874, and room for rounding
 NUCLEUS_START = 256  # tokens of a first look at the nucleus, which on real text is mostly enough
@@ -30,6 +34,11 @@ def mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def noise_key(seed: int, position: int) -> int:
+    """64 bits."""
+    return mix64((seed + mix64(position)) & _MASK64)
+
+
 def hash32(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """token_ids: [...] int64. Returns [...] int64 in [0, 2³²)."""
     return _signed_hash(seed, position, token_ids).long() & _MASK32
@@ -37,7 +46,7 @@ def hash32(seed: int, position: int, token_ids: Tensor) -> Tensor:
 
 def _signed_hash(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """The hash's 32 bits as int32, which multiplies modulo 2³² at half the width of int64."""
-    key = mix64((seed + mix64(position)) & _MASK64)
+    key = noise_key(seed, position)
     x = token_ids.to(torch.int32).mul_(_signed(0x9E3779B1)).add_(_signed(key & _MASK32))
     return _mix32_(_mix32_(x).bitwise_xor_(_signed(key >> 32)))
 
@@ -62,8 +71,40 @@ def gumbel(seed: int, position: int, token_ids: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
+class Draw(NamedTuple):
+    """A token to be drawn from softmax(logits[row] / temperature), by the noise of (seed, position)."""
+
+    row: int
+    temperature: float
+    seed: int
+    position: int
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """One token for each, of logits [R, V] without NaN. On a CPU with the C kernels, all rows in one call."""
+    keys = [noise_key(each.seed, each.position) for each in draws]
+    rows, temperatures = [each.row for each in draws], [each.temperature for each in draws]
+    found = find_candidates(logits, rows, temperatures, keys) or [None] * len(draws)
+    return [_winner(logits[each.row], each, ids) for each, ids in zip(draws, found, strict=True)]
+
+
+def _winner(logits: Tensor, draw: Draw, candidates: Tensor | None) -> int:
+    """logits: [V]. candidates: ascending ids [C], all that can win, or None."""
+    if candidates is None:
+        return gumbel_argmax_reference(logits.float() / draw.temperature, draw.seed, draw.position)
+    if len(candidates) == 1:
+        return int(candidates)
+    scaled = logits[candidates].float() / draw.temperature
+    return int(candidates[(scaled + gumbel(draw.seed, draw.position, candidates)).argmax()])
+
+
 def gumbel_argmax(scaled: Tensor, seed: int, position: int) -> int:
-    """A draw from softmax(scaled): argmax of scaled + noise, ties to the lowest id. scaled: [V] fp32.
+    """A draw from softmax(scaled): argmax of scaled + noise, ties to the lowest id. scaled: [V] fp32."""
+    return draw(scaled[None], [Draw(0, 1.0, seed, position)])[0]
+
+
+def gumbel_argmax_reference(scaled: Tensor, seed: int, position: int) -> int:
+    """The definition of gumbel_argmax.
 
     Only tokens that could reach a lower bound on the winner get noise. Rounding is monotone, so
     fl(s + g) ≤ fl(s + GUMBEL_MAX) < bound proves at any magnitude that the others lose.

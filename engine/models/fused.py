@@ -1,4 +1,4 @@
-"""Gemma's forward pass on fused kernels, Triton's or C's: what stands between two GEMMs is one launch, or attention's.
+"""Gemma's forward pass on fused kernels, Triton's or C's: one launch between two GEMMs.
 
 Per layer: QKV product · norm, rope and page write · attention · out product · sandwich norm · gate and up
 product · GeGLU · down product · sandwich norm, the last with the next layer's input norm in it. Rounds where

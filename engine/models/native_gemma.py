@@ -2,8 +2,7 @@
 
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.fused import FusedGemma, FusedKernels
-from cabochon.kernels.native import library
-from cabochon.kernels.native_layers import (
+from cabochon.kernels.native.layers import (
     LANES,
     MAX_HEAD_DIM,
     embed_norm,
@@ -12,6 +11,7 @@ from cabochon.kernels.native_layers import (
     rms_norm,
     sandwich_norm,
 )
+from cabochon.kernels.native.library import library
 
 
 def can_run_native(config: ModelConfig) -> bool:

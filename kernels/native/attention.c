@@ -1,4 +1,4 @@
-/* Attention over paged K and V for decodes and prefills alike: kernels/native_attention.py says what.
+/* Attention over paged K and V for decodes and prefills alike: attention.py says what.
 
    A unit of work is a block of neighbouring tokens of one sequence and one KV head: its queries share every key
    that is read. Scores of all visible keys are kept, so the maximum is exact and nothing is rescaled.

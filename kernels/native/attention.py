@@ -10,8 +10,8 @@ Source   the definition is paged_attention.paged_attention_reference
 import torch
 from torch import Tensor
 
-from cabochon.kernels.native import IS_FP32, check, describe, function
-from cabochon.kernels.native_layers import LANES, MAX_HEAD_DIM
+from cabochon.kernels.native.layers import LANES, MAX_HEAD_DIM
+from cabochon.kernels.native.library import IS_FP32, check, describe, function
 
 
 def native_attention(
@@ -29,7 +29,7 @@ def native_attention(
 ) -> None:
     """Attend the last tokens of each sequence to its keys, their own included, all read from pages.
 
-    q, out: [T, Hq, D], bf16 or fp32, D a multiple of 16 up to 512; tokens of no sequence are left as they are.
+    q, out: [T, Hq, D], bf16 or fp32, D a multiple of 16 up to 512; rows of no sequence are left as they are.
     k_pages, v_pages: [N, P, Hkv, D] in q's dtype. page_table: [S, M] int32. cu_seqlens_q: [S + 1] int32,
     seq_lens: [S] int32, keys of each sequence. Raises ValueError if they do not fit, MemoryError.
     """

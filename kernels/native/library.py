@@ -1,7 +1,7 @@
-"""The C kernels of kernels/native/, if this machine has them built: plain C, called through ctypes.
+"""The C kernels of this folder, if this machine has them built: plain C, called through ctypes.
 
 One library for each level of vector instructions: a wheel that is built on one machine runs on another. Where
-none fits, or none was built for want of a compiler, callers fall back to torch's definitions.
+none fits, or none was built for want of a compiler, callers fall back to torch's operators.
 """
 
 import ctypes
@@ -10,11 +10,12 @@ import platform
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-LEVELS = {"AVX512": "_native_v4", "AVX2": "_native_v3"}  # torch's names; x86-64-v4 and x86-64-v3
+LEVELS = {"AVX512": "_v4", "AVX2": "_v3"}  # torch's names; x86-64-v4 and x86-64-v3
 
 
 @functools.cache
@@ -23,7 +24,7 @@ def library() -> ctypes.CDLL | None:
     if platform.machine() in ("x86_64", "AMD64"):
         name = LEVELS.get(torch.backends.cpu.get_cpu_capability())
     else:
-        name = "_native"
+        name = "_any"
     if name is None:
         return None
     for suffix in EXTENSION_SUFFIXES:
@@ -33,7 +34,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
+TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int,
+    "l": ctypes.c_int64,
+    "f": ctypes.c_float,
+}
 IS_FP32 = {torch.bfloat16: 0, torch.float32: 1}  # the working dtypes that the kernels know
 
 
@@ -41,7 +47,8 @@ IS_FP32 = {torch.bfloat16: 0, torch.float32: 1}  # the working dtypes that the k
 def function(name: str, parameters: str) -> Callable[..., int]:
     """A function of the library, which must be there.
 
-    parameters: a letter for each: pointer (an address), int, float. Those that return nothing return noise.
+    parameters: a letter for each: pointer (an address), int, long (64 bits), float. What returns nothing in C
+    returns noise here.
     """
     found = library()
     assert found is not None, "no native library: callers ask first"
@@ -51,7 +58,7 @@ def function(name: str, parameters: str) -> Callable[..., int]:
 
 
 def check(fits: bool, *tensors: Tensor) -> None:
-    """Raises ValueError, naming all shapes, unless `fits` and all are contiguous, of one known dtype, on CPU."""
+    """Raises ValueError unless `fits`, and all are contiguous, on the CPU and of one known dtype."""
     first = tensors[0]
     if not fits or first.dtype not in IS_FP32 or first.device.type != "cpu":
         raise ValueError(f"shapes and dtypes must fit the kernel, got {[describe(x) for x in tensors]}")

@@ -8,7 +8,7 @@ Traffic  that of the Triton kernels: torch's operators on their own make about t
 import torch
 from torch import Tensor
 
-from cabochon.kernels.native import IS_FP32, check, describe, function
+from cabochon.kernels.native.library import IS_FP32, check, describe, function
 
 LANES = 16  # of a vector: rows and heads are multiples
 MAX_HEAD_DIM = 512
@@ -110,10 +110,10 @@ def qkv_rope_write(
 ) -> None:
     """Normalize (Gemma 3) and rotate queries and keys; write keys and values to the tokens' slots.
 
-    qkv: [T, (Hq + 2 Hkv) · D]. positions: [T] int64, 0 for padding. cos, sin: [max_len, D / 2] fp32. slots: [T]
-    int64, page · P + offset; −1 is never written. q_out: [T, Hq, D]. k_pages, v_pages: [N, P, Hkv, D] of qkv's
-    dtype, no scales. q_norm, k_norm: [D] fp32, already 1 + w, both or neither; eps is theirs.
-    Raises ValueError if they do not fit.
+    qkv: [T, (Hq + 2 Hkv) · D]. positions: [T] int64, 0 for padding. cos, sin: [max_len, D / 2] fp32.
+    slots: [T] int64, page · P + offset; −1 is never written. q_out: [T, Hq, D]. k_pages, v_pages:
+    [N, P, Hkv, D] of qkv's dtype, no scales. q_norm, k_norm: [D] fp32, already 1 + w, both or neither;
+    eps is theirs. Raises ValueError if they do not fit.
     """
     T, Hq, D = q_out.shape
     Hkv = k_pages.shape[2]
