@@ -113,9 +113,9 @@ gpu-wheels: ## Beforehand, for a GPU machine without network: 31 MB of wheels in
 		$(foreach n,34 31 28 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
 		--dest $(GPU_WHEELS) 'msgspec>=0.19' 'llguidance>=1.9,<2' fa3-fwd==0.0.3
 
-system-packages: ## Debian packages that some tests need: a browser, the font of the pictures, promtool, and ip for networks of their own
+system-packages: ## Debian packages that some tests need: a browser, the font of the pictures, promtool, ip for networks of their own, a C compiler
 	$(SUDO) apt-get update
-	$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-inter iproute2
+	$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-inter iproute2 gcc libc6-dev
 	# Only this file of the package (19 MB): installed whole, it would start a Prometheus on this machine
 	mkdir -p $(PROMTOOL) && cd $(PROMTOOL) && rm -f *.deb && apt-get download prometheus
 	dpkg-deb --fsys-tarfile $(PROMTOOL)/prometheus_*.deb | tar -x -C $(PROMTOOL) --strip-components=3 ./usr/bin/promtool

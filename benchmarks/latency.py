@@ -5,7 +5,9 @@
 ttft: one request on an idle engine, from `add` to the step that gives its first token. step: what a token
 costs while that many requests decode together, the median of the steps in which all of them do. Rounds run
 every case once, one after the other, with prompts never seen before; a warm-up round is dropped. Greedy, EOS
-ignored. The last rows have the median of each case over rounds, and its lowest and highest.
+ignored. The last rows have the median of each case over rounds, and its lowest and highest. Two backends
+(`--backends auto torch`) take turns within each case: then rows have the ratio too, how often the first is as
+fast as the second.
 """
 
 import argparse
@@ -68,10 +70,14 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    llm = LLM(
-        args.model, dtype=args.dtype, device=args.device, kv_cache_gib=args.kv_cache_gib, threads=args.threads
-    )
-    bench = Bench(llm, args)
+    llms = [
+        LLM(
+            args.model, dtype=args.dtype, device=args.device, kv_cache_gib=args.kv_cache_gib,
+            threads=args.threads, attention_backend=backend,
+        )
+        for backend in args.backends
+    ]  # fmt: skip
+    benches = {llm.info.attention_backend: Bench(llm, args) for llm in llms}
     about: dict[str, object] = {
         "model": args.model,
         "dtype": args.dtype,
@@ -81,19 +87,25 @@ def main(argv: list[str] | None = None) -> None:
         **environment(),
     }
     cases = [*(("ttft", size) for size in args.prompts), *(("step", size) for size in args.batches)]
-    found: dict[Case, list[float]] = {case: [] for case in cases}
+    found: dict[tuple[Case, str], list[float]] = {(case, name): [] for case in cases for name in benches}
     for number in range(args.rounds + 1):
-        for case in cases:
-            value = bench.measure(case)
+        for case, backend in found:
+            value = benches[backend].measure(case)
             if number:  # round 0 warms up
-                found[case].append(value)
-                emit({"round": number, **named(case), "ms": round(value, 2), **about}, args.out)
-    for case, values in found.items():
+                found[case, backend].append(value)
+                row = {"round": number, **named(case), "attention_backend": backend, "ms": round(value, 2)}
+                emit({**row, **about}, args.out)
+    first, *others = benches
+    for (case, backend), values in found.items():
         summary: dict[str, object] = {"summary": f"median of {args.rounds}", **named(case)}
-        summary["ms"] = round(statistics.median(values), 2)
+        summary |= {"attention_backend": backend, "ms": round(statistics.median(values), 2)}
         summary["ms_min_max"] = [round(min(values), 2), round(max(values), 2)]
         if case[0] == "step":
             summary["output_tok_per_s"] = round(case[1] / statistics.median(values) * 1000, 1)
+        if backend in others:
+            ratios = [other / one for one, other in zip(found[case, first], values, strict=True)]
+            summary["ratio"] = round(statistics.median(ratios), 2)
+            summary["ratio_min_max"] = [round(min(ratios), 2), round(max(ratios), 2)]
         emit({**summary, **about}, args.out)
 
 
@@ -115,6 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompt-tokens", type=int, default=128, help="step: of each request")
     p.add_argument("--output-tokens", type=int, default=33, help="step: of each request")
     p.add_argument("--top-id", type=int, default=200_000, help="token ids are below it")
+    p.add_argument("--backends", nargs="+", default=["auto"], help="of attention, one or two")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path)
     return p.parse_args(argv)

@@ -108,14 +108,20 @@ def engine_latency(rows: Sequence[Row]) -> Figure | None:
              ("step", "batch", "A decode step", "requests that decode together"))  # fmt: skip
     for axes, (case, size, title, label), colour in zip(panels, cases, (BLUE, GREEN), strict=True):
         of_case = [row for row in found if row["case"] == case]
-        x, y = [row[size] for row in of_case], [row["ms"] for row in of_case]
-        axes.plot(x, y, "o-", color=colour, markersize=5.5)
-        axes.vlines(
-            x, *zip(*(row["ms_min_max"] for row in of_case), strict=True), color=colour, linewidth=1.2
-        )
-        where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "weight": "bold", "size": 9}
-        for at, value, row in zip(x, y, of_case, strict=True):
-            axes.annotate(f"{amount(value)} ms", (at, row["ms_min_max"][1]), (0, 6), **where)
+        backends = list(dict.fromkeys(row.get("attention_backend", "") for row in of_case))
+        for backend, shade in zip(backends, (colour, OTHER), strict=False):
+            mine = [row for row in of_case if row.get("attention_backend", "") == backend]
+            x, y = [row[size] for row in mine], [row["ms"] for row in mine]
+            axes.plot(x, y, "o-", color=shade, markersize=5.5, label=backend)
+            spreads = zip(*(row["ms_min_max"] for row in mine), strict=True)
+            axes.vlines(x, *spreads, color=shade, linewidth=1.2)
+            is_below = backend == backends[0] and len(backends) > 1
+            where: dict[str, Any] = {"textcoords": "offset points", "weight": "bold", "size": 9}
+            where |= {"ha": "center", "va": "top" if is_below else "bottom", "color": shade}
+            for at, value in zip(x, y, strict=True):
+                axes.annotate(f"{amount(value)} ms", (at, value), (0, -8 if is_below else 6), **where)
+        if len(backends) > 1:
+            axes.legend(frameon=False, loc="upper left")
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{at:,}" for at in x])
         axes.minorticks_off()

@@ -133,8 +133,10 @@ def latency(rows: Sequence[Row]) -> list[str]:
         is_first = row["case"] == "ttft"
         what = f"first token, prompt of {row['prompt_tokens']:,}" if is_first else f"a step of {row['batch']}"
         low, high = row["ms_min_max"]
-        cells.append((what, f"{row['ms']:.0f} ms ({low:.0f}, {high:.0f})"))
-    return _table(("", f"median of {_rounds(rows)} (lowest, highest)"), cells)
+        took = f"{row['ms']:.0f} ms ({low:.0f}, {high:.0f})"
+        cells.append((what, row.get("attention_backend", ""), took, _ratio(row, 2) if "ratio" in row else ""))
+    head = ("", "backend", f"median of {_rounds(rows)} (lowest, highest)", "÷ the first backend's")
+    return _table(head, cells)
 
 
 def serving(rows: Sequence[Row]) -> list[str]:

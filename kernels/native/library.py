@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+TYPES: "dict[str, type[ctypes._SimpleCData[Any]]]" = {
     "p": ctypes.c_void_p,
     "i": ctypes.c_int,
     "l": ctypes.c_int64,

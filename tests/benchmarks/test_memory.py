@@ -5,7 +5,9 @@ from pathlib import Path
 
 import latency
 import memory
+import plots
 import pytest
+import tables
 
 from cabochon.engine.kv_layout import kv_layout
 
@@ -43,3 +45,19 @@ def test_latency_rows_have_every_case_and_their_spread(tiny_gemma2_dir: Path, tm
     assert len(rows) == 3 * len(cases)
     for row in summaries:
         assert 0 < row["ms_min_max"][0] <= row["ms"] <= row["ms_min_max"][1]
+
+
+def test_backends_take_turns_and_have_their_ratio(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = "--dtype fp32 --threads 1 --kv-cache-gib 0.01 --top-id 100 --rounds 2 --prompts 4 40"
+    options += " --batches 1 --output-tokens 5 --prompt-tokens 4 --backends native torch"
+    latency.main(["--model", str(tiny_gemma2_dir), *options.split(), "--out", str(out)])
+    rows = tables.read(out)
+    summaries = [row for row in rows if "summary" in row]
+    assert [row["attention_backend"] for row in rows] == ["native", "torch"] * 9
+    for first, second in zip(summaries[::2], summaries[1::2], strict=True):
+        assert "ratio" not in first
+        low, high = second["ratio_min_max"]
+        assert 0 < low <= second["ratio"] <= high
+    assert len(tables.latency(rows)) == 2 + 6
+    assert plots.engine_latency(rows) is not None

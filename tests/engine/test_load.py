@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from safetensors import safe_open
 
 from cabochon.engine.config import EngineConfig
@@ -23,7 +22,7 @@ from cabochon.engine.messages import EngineInfo, GenerateRequest, RequestOutput
 from cabochon.engine.models.checkpoint import CPU, Checkpoint
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.sampling_params import SamplingParams
-from cabochon.engine.settle import model_class_for, settle_backend, settle_device, settle_linear
+from cabochon.engine.settle import model_class_for, settle_linear
 
 PAGE_TOKENS = 4
 STEP_TOKENS = 16
@@ -99,59 +98,6 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(
     assert load(tiny_gemma2_dir, dtype="auto")[1].dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("asked", "has_gpu", "device"),
-    [("auto", False, "cpu"), ("auto", True, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
-)
-def test_a_gpu_must_be_asked_for_and_is_not_passed_over_in_silence(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    asked: str,
-    has_gpu: bool,
-    device: str,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert settle_device(EngineConfig(device=asked)).type == device  # type: ignore[arg-type]
-    assert ("--device cuda" in caplog.text) == (asked == "auto" and has_gpu)
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device must be cpu where torch finds no NVIDIA GPU, got cuda"):
-        settle_device(EngineConfig(device="cuda"))
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "backend"),
-    [
-        ("auto", "cpu", "native"),
-        ("auto", "cuda", "triton"),
-        ("torch", "cuda", "torch"),
-        ("flash-attn", "cuda", "flash-attn"),
-    ],
-)
-def test_auto_says_why_it_chose_a_backend(
-    caplog: pytest.LogCaptureFixture, tiny_gemma2_dir: Path, asked: str, device: str, backend: str
-) -> None:
-    caplog.set_level(logging.INFO, "cabochon")
-    config = EngineConfig(attention_backend=asked)  # type: ignore[arg-type]
-    assert settle_backend(config, torch.device(device), load_model_config(tiny_gemma2_dir)) == backend
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ([] if asked != "auto" else [f"attention backend={backend} reason={REASONS[device]}"])
-
-
-REASONS = {"cpu": "no GPU", "cuda": "an NVIDIA GPU, and flash-attn is not measured yet"}
-
-
-def test_triton_is_refused_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, tiny_gemma2_dir: Path
-) -> None:
-    model = load_model_config(tiny_gemma2_dir)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ConfigError, match="attention_backend must be torch on this cpu"):
-        settle_backend(EngineConfig(attention_backend="triton"), torch.device("cpu"), model)
-
-
 def test_fp8_pages_are_refused_where_nothing_reads_them(tiny_gemma2_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_gemma2_dir / "config.json", tmp_path)  # before weights are looked for
     message = (
@@ -175,7 +121,12 @@ def test_fp8_pages_hold_more_tokens(tiny_gemma2_dir: Path, kv_dtype: str, head_b
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
     ("backend", "head_dim", "name"),
-    [("torch", 16, "Gemma"), ("triton", 16, "TritonGemma"), ("triton", 24, "Gemma")],
+    [
+        ("torch", 16, "Gemma"),
+        ("native", 16, "NativeGemma"),
+        ("triton", 16, "TritonGemma"),
+        ("triton", 24, "Gemma"),
+    ],
 )
 def test_the_fused_model_is_taken_where_its_kernels_run(
     tiny_gemma2_dir: Path, backend: str, head_dim: int, name: str

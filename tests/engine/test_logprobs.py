@@ -12,7 +12,7 @@ from cabochon.engine.llm import LLM, Completion
 from cabochon.engine.logprobs import token_logprobs
 from cabochon.engine.sampling_params import SamplingParams
 
-ATOL = 1e-4
+ATOL = 2e-4  # two fp32 forward passes with sums in other orders: 1.2e-4 at most was seen
 PARAMS = SamplingParams(seed=3, max_tokens=30, ignore_eos=True, logprobs=20, prompt_logprobs=20)
 
 

@@ -3,20 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from tools import absent
 
 from cabochon.kernels import sampling
-from cabochon.kernels.native.library import library
 from cabochon.kernels.native.sampling import find_candidates, find_largest
 from cabochon.kernels.sampling import Draw, draw, gumbel, gumbel_argmax, gumbel_argmax_reference, noise_key
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _library() -> None:
-    if library() is None:
-        absent("no C library for this CPU: it is built by pip install, with a C compiler")
+pytestmark = pytest.mark.usefixtures("build")
 
 
 def plain(scaled: torch.Tensor, seed: int, position: int) -> int:
