@@ -24,8 +24,8 @@ class EngineConfig:
     kv_dtype: Literal["auto", "fp8"] = (
         "auto"  # auto: as dtype; fp8 holds nearly twice the tokens, rounded to e4m3; triton only
     )
-    quantization: Literal["none", "fp8"] = (
-        "none"  # fp8: layers in half the bytes, an approximation; GPUs of compute capability 8.9 and up
+    quantization: Literal["none", "fp8", "int8"] = (
+        "none"  # half the bytes, approximations: fp8 on GPUs of compute capability 8.9 and up, int8 on a CPU
     )
     max_model_len: int | None = None  # tokens of prompt and output; None: the model's, or what the pool holds
     max_seqs: int = 64  # requests that run at once; more makes steps longer
@@ -62,8 +62,8 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_dtype must be auto or fp8, got {self.kv_dtype}: auto keeps K and V in the working dtype"
             )
-        if self.quantization not in ("none", "fp8"):
-            raise ConfigError(f"quantization must be none or fp8, got {self.quantization}: use none")
+        if self.quantization not in ("none", "fp8", "int8"):
+            raise ConfigError(f"quantization must be none, fp8 or int8, got {self.quantization}: use none")
         if self.page_tokens is not None and (
             self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1)
         ):

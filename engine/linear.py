@@ -1,4 +1,4 @@
-"""The one place of matrix products with weights: packed for the CPU once, plain elsewhere, or in fp8.
+"""Matrix products with weights: packed for the CPU once, plain elsewhere, or in fp8; int8: int8_linear.py.
 
 On CPU a oneDNN-packed weight takes 11.4 ms where F.linear takes 22.2 (4 rows × 262144 × 640, bf16, 2 Zen 4
 cores) and in fp32 22 ms instead of 101. The packed layout replaces the plain one; only the tied embedding is
@@ -7,6 +7,7 @@ kept beside it.
 
 import importlib.util
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,15 @@ from torch import Tensor
 from cabochon.engine.errors import ConfigError
 from cabochon.kernels import definitions
 
-ROW_MULTIPLE = 4  # callers pad rows to it: below, a row's bits depend on how many rows there are
+ROW_MULTIPLE = 4  # callers pad rows to it on a CPU: below, a row's bits depend on how many rows there are
 FP8_MULTIPLE = 16  # torch._scaled_mm on CUDA takes no other n and k
 QUANTIZED_ROWS = 1024  # of a weight at once: 1024 × 36864 in fp32 are 151 MB
 
 
 class Linear:
     """x @ weightᵀ for a weight [n, k] that is given away: CPU weights are repacked."""
+
+    row_multiple = ROW_MULTIPLE
 
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
@@ -43,7 +46,7 @@ class Linear:
 
         x: [C, k]. weight_rows: [C, k], rows of the weight. Returns [C] fp32.
         """
-        return (x.float() * weight_rows.float()).sum(-1)
+        return exact_entries(x, weight_rows)
 
 
 class Fp8Linear:
@@ -53,6 +56,8 @@ class Fp8Linear:
     working dtype by `Linear`: torch._scaled_mm has a CPU kernel, but it takes 1.8 s where this takes 19 ms
     (4 rows × 262144 × 640, one Zen 4 core). So there it saves no memory, and in bf16 it rounds twice.
     """
+
+    row_multiple = ROW_MULTIPLE
 
     def __init__(self, weight: Tensor) -> None:
         """weight: [n, k], left as it is. Raises ConfigError if k is not a multiple of 16."""
@@ -100,8 +105,30 @@ class Fp8Linear:
         return (a.float() * b.float()).sum(-1) * a_scales * b_scales
 
 
-AnyLinear = Linear | Fp8Linear
+class AnyLinear(Protocol):
+    """`Linear`, or an approximation of it."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def is_copy(self) -> bool: ...
+
+    @property
+    def row_multiple(self) -> int:
+        """Callers pad rows to it."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor: ...
+
+
 MakeLinear = Callable[[Tensor], AnyLinear]  # weight [n, k] -> its product
+
+
+def exact_entries(x: Tensor, weight_rows: Tensor) -> Tensor:
+    """[C, k] and [C, k] to their products [C] in fp32."""
+    return (x.float() * weight_rows.float()).sum(-1)
 
 
 def _quantized_weight(weight: Tensor, dtype: torch.dtype, num_rows: int) -> tuple[Tensor, Tensor]:

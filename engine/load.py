@@ -42,7 +42,7 @@ from cabochon.engine.sampler import Sampler
 from cabochon.engine.scheduler import MAX_CHUNK_TOKENS, WATERMARK, Scheduler
 from cabochon.engine.settle import (
     has_triton,
-    model_class_for,
+    model_maker,
     settle_backend,
     settle_device,
     settle_dtype,
@@ -92,7 +92,7 @@ def load_engine(
     adapters, adapter_infos = _load_adapters(config, model_config, dtype)
     grammars = _grammars(model_dir, model_config, is_started=expects_grammars)
     weights = checkpoint or open_weights(config, model_dir, model_config)
-    make_model = partial(model_class_for(backend, model_config), make_linear=make_linear)
+    make_model = model_maker(backend, model_config, make_linear)
     model = _load_model(make_model, model_config, weights, dtype, device, max_len, on_progress)
     builder = _CoreBuilder(config, model, layout, device, dtype, kv_dtype, backend, grammars, adapters)
     if is_measured:

@@ -117,7 +117,7 @@ class EngineInfo:
     kv_bytes: int
     weight_bytes: int
     load_s: float
-    quantization: str = "none"  # of weights: "none" or "fp8"
+    quantization: str = "none"  # of weights: "none", "fp8" or "int8"
     max_loras: int = 0  # adapters in one batch; 0: it takes none
     adapters: list[AdapterInfo] = field(default_factory=list)  # those of lora_modules
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from cabochon.engine.adapters.adapter import Adapter
 from cabochon.engine.adapters.deltas import AdapterWeights
 from cabochon.engine.attention import Attention, positions_of
-from cabochon.engine.linear import ROW_MULTIPLE
 from cabochon.engine.logprobs import ExactLogits, prompt_parts, token_logprobs
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.models.gemma import Gemma
@@ -121,7 +120,7 @@ class Runner(StepRunner):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, E]. Returns [R, V], not softcapped."""
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE))
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % self._model.row_multiple))
         return self._model.logits(padded)[: len(hidden)]
 
     def sampling_hidden(self, plan: Plan, rows: Rows) -> Tensor:
@@ -132,7 +131,7 @@ class Runner(StepRunner):
         """[T', E], every token of the plan, before the final norm."""
         inputs = self._attention.prepare(plan, rows)
         token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions_of(plan)].astype(np.int64)
-        padded = np.pad(token_ids, (0, -len(token_ids) % ROW_MULTIPLE))
+        padded = np.pad(token_ids, (0, -len(token_ids) % self._model.row_multiple))
         moved = torch.from_numpy(padded).to(inputs.positions.device)
         deltas = None
         if self._adapters is not None:

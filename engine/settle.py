@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
+from functools import partial
 
 import torch
 
 from cabochon.engine.attention import Backend
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
+from cabochon.engine.int8_linear import Int8Head, Int8Linear
 from cabochon.engine.kv_pages import FP8
 from cabochon.engine.linear import Fp8Linear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
@@ -18,6 +20,7 @@ from cabochon.kernels.native.library import library
 logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)  # Ada, L4
+NO_LIBRARY = "no native library: none was built, or the CPU is older than AVX2"
 
 
 def has_triton() -> bool:
@@ -67,7 +70,7 @@ def _why_not_native(device: torch.device, model: ModelConfig) -> str | None:
     if device.type != "cpu":
         return f"a {device.type}"
     if library() is None:
-        return "no native library: none was built, or the CPU is older than AVX2"
+        return NO_LIBRARY
     return None if can_run_native(model) else "a model whose rows or heads are no multiple of 16"
 
 
@@ -118,9 +121,18 @@ def model_class_for(backend: Backend, config: ModelConfig) -> type[Gemma]:
 
 
 def settle_linear(config: EngineConfig, device: torch.device, dtype_name: str) -> MakeLinear:
-    """How weights are kept. Raises ConfigError if fp8 is asked for where it cannot run."""
+    """How weights are kept. Raises ConfigError if fp8 or int8 is asked for where it cannot run."""
     if config.quantization == "none":
         return Linear
+    if config.quantization == "int8":
+        if device.type != "cpu":
+            raise ConfigError(
+                f"quantization must be none or fp8 on a GPU, got int8 and {device.type}: use fp8, or"
+                " device cpu"
+            )
+        if library() is None:
+            raise ConfigError(f"quantization must be none with {NO_LIBRARY}, got int8: use none")
+        return Int8Linear
     if device.type == "cpu":
         logger.warning(
             "quantization=fp8 device=cpu is emulated, slower than none and no smaller: to measure quality"
@@ -135,3 +147,13 @@ def settle_linear(config: EngineConfig, device: torch.device, dtype_name: str) -
     if dtype_name != "bf16":
         raise ConfigError(f"dtype must be bf16 with quantization fp8 on a GPU, got {dtype_name}: use bf16")
     return Fp8Linear
+
+
+def model_maker(backend: Backend, config: ModelConfig, make_linear: MakeLinear) -> partial[Gemma]:
+    """What makes the model from its weights, given the other arguments of `Gemma`."""
+    return partial(model_class_for(backend, config), make_linear=make_linear, make_head=head_of(make_linear))
+
+
+def head_of(make_linear: MakeLinear) -> MakeLinear:
+    """How the output head is kept, which is the embedding too."""
+    return Int8Head if make_linear is Int8Linear else make_linear

@@ -34,11 +34,12 @@ class Forward:
         max_len: int = 512,
         seed: int = 0,
         make_linear: MakeLinear = Linear,
+        make_head: MakeLinear | None = None,
         adapters: AdapterWeights | None = None,
     ) -> None:
         self.adapters = adapters
         self.model = model_class(
-            config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear
+            config, lambda name, shape: weights[name].to(dtype).view(shape), max_len, make_linear, make_head
         )
         kv_dtype = kv_dtype or dtype
         self.layout = kv_layout(config, page_tokens, kv_dtype.itemsize, has_scales=kv_dtype == FP8)

@@ -47,9 +47,14 @@ class FusedGemma(Gemma, ABC):
     """Gemma with the same weights, for attention through page tables."""
 
     def __init__(
-        self, config: ModelConfig, load: LoadTensor, max_model_len: int, make_linear: MakeLinear = Linear
+        self,
+        config: ModelConfig,
+        load: LoadTensor,
+        max_model_len: int,
+        make_linear: MakeLinear = Linear,
+        make_head: MakeLinear | None = None,
     ) -> None:
-        super().__init__(config, load, max_model_len, make_linear)
+        super().__init__(config, load, max_model_len, make_linear, make_head)
         self._kernels = self.load_kernels()
         self._host_scale = self._embedding_scale.item()  # here, where waiting for the device costs nothing
 

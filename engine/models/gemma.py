@@ -16,7 +16,7 @@ from torch import Tensor
 from cabochon.engine.adapters.adapter import LinearName
 from cabochon.engine.adapters.deltas import StepDeltas
 from cabochon.engine.attention import Attention, AttentionInputs
-from cabochon.engine.linear import AnyLinear, Linear, MakeLinear
+from cabochon.engine.linear import AnyLinear, Fp8Linear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
 
@@ -71,9 +71,17 @@ class Gemma:
     is_graph_safe = False  # whether a CUDA graph may hold `hidden` with padding among its sequences
 
     def __init__(
-        self, config: ModelConfig, load: LoadTensor, max_model_len: int, make_linear: MakeLinear = Linear
+        self,
+        config: ModelConfig,
+        load: LoadTensor,
+        max_model_len: int,
+        make_linear: MakeLinear = Linear,
+        make_head: MakeLinear | None = None,
     ) -> None:
-        """Take every weight once through `load`, layer by layer, packing or quantizing as it goes."""
+        """Take every weight once through `load`, layer by layer, packing or quantizing as it goes.
+
+        make_head: from the embedding, which is kept; None: make_linear.
+        """
         self.config = config
         D = config.head_dim
         embedding = load("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
@@ -84,7 +92,7 @@ class Gemma:
         )
         self._layers = [_load_layer(config, load, make_linear, layer) for layer in range(config.num_layers)]
         self._final_norm = _norm(load, "model.norm.weight", config.hidden_size)
-        self._head = make_linear(embedding)  # tied; its packed or quantized form is a copy
+        self._head = (make_head or make_linear)(embedding)  # tied; its packed or quantized form is a copy
         kinds = {
             True: (config.rope_theta_sliding, 1.0),
             False: (config.rope_theta_global, config.rope_factor_global),
@@ -114,7 +122,8 @@ class Gemma:
     ) -> Tensor:
         """Hidden rows before the final norm.
 
-        token_ids: [T'] int64, T' a multiple of 4 ≥ the tokens of `inputs`. deltas: of their adapters.
+        token_ids: [T'] int64, T' a multiple of row_multiple ≥ the tokens of `inputs`. deltas: of their
+        adapters.
         Returns [T', E].
         """
         x = self._embedding.index_select(0, token_ids) * self._embedding_scale  # [T', E]
@@ -129,7 +138,7 @@ class Gemma:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R', E], R' a multiple of 4. Returns [R', V], not softcapped, in the working dtype."""
+        """hidden: [R', E], R' a multiple of row_multiple. Returns [R', V] in its dtype, not softcapped."""
         return self.head(self.normed(hidden))
 
     def head(self, normed: Tensor) -> Tensor:
@@ -141,8 +150,14 @@ class Gemma:
         return rms_norm(hidden, self._final_norm, self.config.norm_eps)
 
     @property
+    def row_multiple(self) -> int:
+        """On a CPU, rows of `hidden` and `logits` are padded to it."""
+        return max(self._head.row_multiple, self._layers[0].qkv.row_multiple)
+
+    @property
     def has_quantized_head(self) -> bool:
-        return not isinstance(self._head, Linear)
+        """Whether `exact_logits` are another model's than the embedding's."""
+        return isinstance(self._head, Fp8Linear)
 
     @property
     def embedding(self) -> Tensor:
@@ -151,7 +166,7 @@ class Gemma:
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Uncapped logits of some (row, token) pairs. hidden: [C, E]. token_ids: [C]. Returns [C] fp32."""
-        # The head's own product before rounding, a quantized head's too: ties are made by its values, and the
+        # The head's own product before rounding, an fp8 head's too: ties are made by its values, and the
         # unquantized embedding would choose among them, and fill in log probabilities, by another model.
         return self._head.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))
 

@@ -23,6 +23,8 @@ def library() -> ctypes.CDLL | None:
     """The library for this CPU, or None."""
     if platform.machine() in ("x86_64", "AMD64"):
         name = LEVELS.get(torch.backends.cpu.get_cpu_capability())
+        if name == "_v4" and torch.cpu._is_vnni_supported():
+            name = "_v4_vnni"
     else:
         name = "_any"
     if name is None:

@@ -34,7 +34,7 @@ THREADS = "threads must be at least 1, got {}: leave it out for all cores"
         ("kv_dtype", None, KV_DTYPE),
         ("step_depth", 0, "step_depth must be 1 or 2, got 0: 2 is faster"),
         ("step_depth", 3, "step_depth must be 1 or 2, got 3: 2 is faster"),
-        ("quantization", "int4", "quantization must be none or fp8, got int4: use none"),
+        ("quantization", "int4", "quantization must be none, fp8 or int8, got int4: use none"),
         ("page_tokens", 0, PAGE),
         ("page_tokens", -16, PAGE),
         ("page_tokens", 3, PAGE),

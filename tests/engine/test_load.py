@@ -177,6 +177,15 @@ def test_fp8_on_a_gpu_is_refused_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
         settle_linear(EngineConfig(quantization="fp8"), torch.device("cuda"), "fp32")
 
 
+def test_int8_takes_a_byte_for_each_weight(tiny_gemma2_dir: Path) -> None:
+    plain, info = (load(tiny_gemma2_dir, dtype="bf16", quantization=name)[1] for name in ("none", "int8"))
+    assert info.quantization == "int8"
+    sizes = matrices(tiny_gemma2_dir)
+    weights = sum(rows * columns for _, (rows, columns) in sizes)  # the head's copy among them
+    scales = sum(4 * rows for _, (rows, _) in sizes) + 4 * info.vocab_size
+    assert plain.weight_bytes - info.weight_bytes == weights - scales
+
+
 def test_fp8_on_a_cpu_says_that_it_is_emulated_and_counts_its_bytes(
     tiny_gemma2_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,9 +12,11 @@ import triton
 from cabochon.engine import settle
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import ConfigError
+from cabochon.engine.int8_linear import Int8Head, Int8Linear
+from cabochon.engine.linear import Fp8Linear, Linear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.hf_config import load_model_config
-from cabochon.engine.settle import settle_backend, settle_device
+from cabochon.engine.settle import head_of, settle_backend, settle_device, settle_linear
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,19 @@ def test_where_native_cannot_run_torch_does(
     message = f"attention_backend must be torch with {reason}, got native: use torch"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         settle_backend(EngineConfig(attention_backend="native"), torch.device("cpu"), model)
+
+
+def test_int8_is_for_a_cpu_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = EngineConfig(quantization="int8")
+    with pytest.raises(ConfigError, match=r"none or fp8 on a GPU, got int8 and cuda: use fp8, or"):
+        settle_linear(int8, torch.device("cuda"), "bf16")
+    monkeypatch.setattr(settle, "library", lambda: None)
+    with pytest.raises(ConfigError, match=r"none with no native library: .*, got int8: use none$"):
+        settle_linear(int8, torch.device("cpu"), "bf16")
+    monkeypatch.undo()
+    make_linear = settle_linear(int8, torch.device("cpu"), "fp32")
+    assert (make_linear, head_of(make_linear)) == (Int8Linear, Int8Head)
+    assert (head_of(Linear), head_of(Fp8Linear)) == (Linear, Fp8Linear)
 
 
 def test_native_is_refused_on_a_gpu(tiny_gemma2_dir: Path) -> None:

@@ -12,7 +12,7 @@ from tools import absent
 from cabochon.kernels.native import library
 
 LEVELS = ("DEFAULT", "AVX2", "AVX512")  # torch's names; each has the instructions of those before it
-NEEDS = {"_any": "DEFAULT", "_v3": "AVX2", "_v4": "AVX512"}
+NEEDS = {"_any": "DEFAULT", "_v3": "AVX2", "_v4": "AVX512", "_v4_vnni": "AVX512"}
 
 
 @pytest.fixture(params=NEEDS)
@@ -21,6 +21,8 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in LEVELS or LEVELS.index(capability) < LEVELS.index(NEEDS[request.param]):
         pytest.skip(f"a CPU with {capability} does not run {request.param}")
+    if request.param == "_v4_vnni" and not torch.cpu._is_vnni_supported():
+        pytest.skip("a CPU without VNNI does not run it")
     path = Path(library.__file__).with_name(request.param + EXTENSION_SUFFIXES[0])
     if not path.exists():
         absent("no C library: it is built by pip install, with a C compiler")

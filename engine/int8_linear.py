@@ -1,0 +1,111 @@
+"""Products with weights in int8 on a CPU: half the bytes to read and to keep, multiplied in C.
+
+A weight has a scale per row (symmetric, −127 to 127), and so has x, in 16 bits: with 8 the demo's divergence
+is ten times as large (docs/numerics.md). The head computes again, from the embedding, what could be the
+largest.
+"""
+
+import torch
+from torch import Tensor
+
+from cabochon.engine.errors import ConfigError
+from cabochon.engine.linear import QUANTIZED_ROWS, exact_entries
+from cabochon.kernels.native.int8 import FEWEST, PAIRS, int8_head, int8_linear
+from cabochon.kernels.native.layers import LANES
+
+MAX_WEIGHT = 127
+TINY = 1e-37  # a scale of zeros: its inverse is finite
+SUM_ERROR = 2.0**-19  # of two fp32 sums, relative to the product of norms: 16 ulp each, scales in it
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: [n, k]. Returns values [n, k'] int8, zeros from k to a multiple of 32, and scales [n] fp32.
+
+    A row that is not finite has a scale that is not.
+    """
+    n, k = weight.shape
+    values, scales = torch.zeros((n, -(-k // PAIRS) * PAIRS), dtype=torch.int8), torch.empty(n)
+    for start in range(0, n, QUANTIZED_ROWS):  # in pieces: little memory
+        some = slice(start, start + QUANTIZED_ROWS)
+        norms = torch.linalg.vector_norm(weight[some], torch.inf, dim=1, dtype=torch.float32)
+        scales[some] = norms.mul_(1 / MAX_WEIGHT).clamp_min_(TINY)
+        values[some, :k] = torch.div(weight[some], scales[some, None]).round_()
+    return values, scales
+
+
+class Int8Linear:
+    """Nearly x @ weightᵀ: the weight in 8 bits, x in 16."""
+
+    is_copy = True
+    row_multiple = 1
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: [n, k], left as it is. Raises ConfigError for shapes that the kernel does not take."""
+        self.out_features, self.in_features = weight.shape
+        _check_shape(weight)
+        self._values, self._scales = quantize_weight(weight)
+        self.num_bytes = self._values.nbytes + self._scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, k]. Returns [rows, n] in x's dtype; not finite where a row of x is not in one element."""
+        out = x.new_empty((len(x), self.out_features))
+        int8_linear(x.contiguous(), self._values, self._scales, out=out)
+        return out
+
+    def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor:
+        """As Linear's, of the quantized weight. weight_rows: of the weight as it was given."""
+        values, scales = quantize_weight(weight_rows)
+        return exact_entries(x, values[:, : self.in_features]) * scales
+
+
+class Int8Head:
+    """The tied head: every entry approximate, but for those that could be the largest of their row.
+
+    |x·w − x̂·ŵ| ≤ ‖x‖ ‖w − ŵ‖ + ‖x − x̂‖ ‖ŵ‖, to which the rounding of sums and results is added. Whose upper
+    bound reaches the lower bound of a row's largest is computed from the embedding. So the largest entry is
+    the unquantized product's, and greedy tokens are.
+    """
+
+    is_copy = True
+    row_multiple = 1
+
+    def __init__(self, embedding: Tensor) -> None:
+        """embedding: [V, E], kept. Raises ConfigError for shapes that the kernel does not take."""
+        _check_shape(embedding)
+        self.out_features, self.in_features = embedding.shape
+        self._embedding = embedding
+        self._values, self._scales = quantize_weight(embedding)
+        errors, self._largest = _norms(embedding, self._values, self._scales)
+        self._errors = errors.add_(SUM_ERROR * self._largest).mul_(1.0001)  # roundings of themselves
+        self.num_bytes = self._values.nbytes + self._scales.nbytes + self._errors.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [R, E]. Returns [R, V] in x's dtype."""
+        out = x.new_empty((len(x), self.out_features))
+        weight = self._values, self._scales, self._embedding, self._errors, self._largest
+        int8_head(x.contiguous(), *weight, out=out)
+        return out
+
+    def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor:
+        """Linear's: there is no int8 in it."""
+        return exact_entries(x, weight_rows)
+
+
+def _check_shape(weight: Tensor) -> None:
+    n, k = weight.shape
+    if n < FEWEST or k % LANES:
+        raise ConfigError(
+            f"quantization must be none for a weight of fewer than {FEWEST} rows or whose rows are no"
+            f" multiple of {LANES} long, got int8 and {n} × {k}: use none"
+        )
+
+
+def _norms(weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, float]:
+    """‖w − ŵ‖ of every row of the weight, [n] fp32, and the largest ‖ŵ‖."""
+    errors, largest = torch.empty_like(scales), 0.0
+    for start in range(0, len(weight), QUANTIZED_ROWS):
+        some = slice(start, start + QUANTIZED_ROWS)
+        restored = values[some, : weight.shape[1]] * scales[some, None]
+        errors[some] = (weight[some] - restored).norm(dim=1)
+        largest = max(largest, restored.norm(dim=1).max().item())
+    return errors, largest
