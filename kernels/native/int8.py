@@ -73,7 +73,7 @@ def int8_linear_reference(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     products = rounded[:, None] * values.long()  # [T, N, K']
     totals = torch.zeros((*products.shape[:2], LANES))
     for segment in torch.split(products, SEGMENT, dim=2):
-        totals += segment.reshape(*segment.shape[:2], -1, LANES, 2).sum((2, 4)).float()
+        totals += segment.reshape(*segment.shape[:2], segment.shape[2] // PAIRS, LANES, 2).sum((2, 4)).float()
     while totals.shape[2] > 1:
         low, high = totals.chunk(2, dim=2)
         totals = low + high

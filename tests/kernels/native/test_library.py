@@ -51,7 +51,12 @@ def test_an_x86_cpu_without_avx2_has_none(asked: pytest.MonkeyPatch, capability:
 @pytest.mark.usefixtures("build")
 @pytest.mark.parametrize(
     ("machine", "capability", "name"),
-    [("x86_64", "AVX512", "_v4"), ("x86_64", "AVX2", "_v3"), ("aarch64", "DEFAULT", "_any")],
+    [
+        ("x86_64", "AVX512", "_v4_vnni"),
+        ("x86_64", "AVX512", "_v4"),
+        ("x86_64", "AVX2", "_v3"),
+        ("aarch64", "DEFAULT", "_any"),
+    ],
 )
 def test_each_cpu_has_its_own(
     asked: pytest.MonkeyPatch, machine: str, capability: str, name: str, build: str
@@ -60,6 +65,7 @@ def test_each_cpu_has_its_own(
         pytest.skip("another parameter has it: this one may not run here")
     asked.setattr("platform.machine", lambda: machine)
     asked.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked.setattr(torch.cpu, "_is_vnni_supported", lambda: name.endswith("vnni"))
     found = library()
     assert found is not None
     assert f"/{name}." in found._name
