@@ -179,8 +179,8 @@ def peers(rows: Sequence[Row]) -> list[str]:
     return _table(head, cells)
 
 
-def fp8_quality(rows: Sequence[Row]) -> list[str]:
-    """`fp8_quality.py`: a line for each approximation."""
+def quality(rows: Sequence[Row]) -> list[str]:
+    """`quantization_quality.py`: a line for each approximation."""
     cells = [
         (
             row["variant"],
@@ -279,7 +279,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "processes": processes,
     "latency": latency,
     "serving": serving,
-    "fp8-quality": fp8_quality,
+    "quality": quality,
     "peers": peers,
     "armor-ttft": armor_ttft,
     "armor-throughput": armor_throughput,

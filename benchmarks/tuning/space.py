@@ -33,7 +33,7 @@ def default_space(device: str, cores: int) -> Space:
 
 
 def approximate_space(device: str) -> Space:
-    """Options that buy speed or room with accuracy: what they cost is fp8_quality.py's to say."""
+    """Options that buy speed or room with accuracy: what they cost is quantization_quality.py's to say."""
     hints = get_type_hints(EngineConfig)
     absent = ONLY_ON_CPU if device == "cuda" else ONLY_ON_GPU
     space: Space = {}
