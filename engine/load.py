@@ -15,6 +15,7 @@ import torch
 
 from cabochon.engine.adapters.deltas import AdapterWeights, TorchAdapterWeights
 from cabochon.engine.adapters.merge import open_weights
+from cabochon.engine.adapters.native_deltas import NativeAdapterWeights
 from cabochon.engine.adapters.peft_format import read_adapter
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.attention import Backend, make_attention
@@ -292,7 +293,7 @@ class _CoreBuilder:
         attention = make_attention(self.backend, model.config, pages)
         if not self.has_device_rows:
             sampler = Sampler(model.config.vocab_size, model.config.final_softcap, self.device)
-            return Runner(model, attention, sampler, self._torch_adapters())
+            return Runner(model, attention, sampler, self._host_adapters())
         # triton is optional: a CPU has no use for it
         from cabochon.engine.adapters.triton_deltas import TritonAdapterWeights
         from cabochon.engine.decode_graphs import capture_cuda, graph_sizes
@@ -311,10 +312,13 @@ class _CoreBuilder:
             runner.add_graphs(graph_sizes(config.max_seqs), capture_cuda())
         return runner
 
-    def _torch_adapters(self) -> AdapterWeights | None:
-        if not self.config.num_slots:
+    def _host_adapters(self) -> AdapterWeights | None:
+        num_slots = self.config.num_slots
+        if not num_slots:
             return None
-        return TorchAdapterWeights(self.model.config, self.config.num_slots, self.dtype, self.device)
+        if self.backend == "native":
+            return NativeAdapterWeights(self.model.config, num_slots, self.dtype)
+        return TorchAdapterWeights(self.model.config, num_slots, self.dtype, self.device)
 
     def measured_pages(self, max_model_len: int) -> int:
         """Pages that fit on the GPU beside the weights, the largest step and the decode graphs."""

@@ -204,11 +204,12 @@ def test_an_unloaded_adapter_gives_its_memory_back_while_idle(
     start(core, "a", "eight", prompt(9))
     finish(core)
     weights = core._runner._adapters  # type: ignore[attr-defined]
-    assert [one is not None for one in weights._adapters].count(True) == 1
+    slots = [one._slots for layer in weights._layers for one in layer.values()]
+    assert {len([one for one in of_layer if one]) for of_layer in slots} == {1}
+    tensors = [weakref.ref(tensor) for of_layer in slots for one in of_layer if one for tensor in one]
     unload(core, "eight")
     core.step()
-    assert not any(weights._adapters)
-    assert not any(weights._layers)
+    assert not any(tensor() is not None for tensor in tensors)
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "d/" * 3000])

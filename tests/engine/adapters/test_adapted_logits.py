@@ -1,14 +1,20 @@
 """Logits of mixed batches of three adapters and the base model, against transformers and peft, in fp32."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from adapted_gemma import RANKS, AdaptedGemma
 from forward import Forward
 from random_gemma import random_gemma2, random_gemma3
+from tools import absent
 
 from cabochon.engine.adapters.deltas import AdapterWeights, TorchAdapterWeights
+from cabochon.engine.adapters.native_deltas import NativeAdapterWeights
+from cabochon.engine.models.native_gemma import NativeGemma
 from cabochon.kernels.definitions import softcap_
+from cabochon.kernels.native.library import library
 
 CPU = torch.device("cpu")
 NAMES = [*RANKS, None]
@@ -16,19 +22,38 @@ MAKE = {"gemma2": random_gemma2, "gemma3": random_gemma3}
 
 
 @pytest.fixture(scope="module", params=MAKE)
-def gemma(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedGemma:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedGemma:
     return AdaptedGemma(MAKE[request.param], tmp_path_factory.mktemp("adapters"))
 
 
-def filled(gemma: AdaptedGemma, dtype: torch.dtype = torch.float32) -> TorchAdapterWeights:
-    weights = TorchAdapterWeights(gemma.config, 4, dtype, CPU)
+@pytest.fixture(params=["torch", "native"])
+def gemma(
+    request: pytest.FixtureRequest, made: AdaptedGemma, monkeypatch: pytest.MonkeyPatch
+) -> AdaptedGemma:
+    """For each backend of a CPU."""
+    monkeypatch.setattr(made, "backend", request.param, raising=False)
+    if request.param == "native" and library() is None:
+        absent("no C library for this CPU: it is built by pip install, with a C compiler")
+    return made
+
+
+def filled(gemma: AdaptedGemma, dtype: torch.dtype = torch.float32) -> AdapterWeights:
+    weights: AdapterWeights
+    if gemma.backend == "native":
+        weights = NativeAdapterWeights(gemma.config, 4, dtype)
+    else:
+        weights = TorchAdapterWeights(gemma.config, 4, dtype, CPU)
     for slot, name in enumerate(RANKS):
         weights.put(slot, gemma.read(name, dtype))
     return weights
 
 
 def forward_of(gemma: AdaptedGemma, adapters: AdapterWeights | None = None) -> Forward:
-    return Forward(gemma.config, gemma.weights, adapters=adapters or filled(gemma))
+    return Forward(gemma.config, gemma.weights, adapters=adapters or filled(gemma), **kind_of(gemma))
+
+
+def kind_of(gemma: AdaptedGemma) -> dict[str, Any]:
+    return {"model_class": NativeGemma, "backend": "native"} if gemma.backend == "native" else {}
 
 
 def slot_of(name: str | None) -> int:
@@ -112,7 +137,7 @@ def test_a_step_of_the_base_model_alone_adds_nothing(gemma: AdaptedGemma) -> Non
     weights = filled(gemma)
     assert weights.step(np.array([-1, -1]), np.array([3, 4]), 8) is None
     ids = prompt(9, 4)
-    plain = Forward(gemma.config, gemma.weights)
+    plain = Forward(gemma.config, gemma.weights, **kind_of(gemma))
     forward = forward_of(gemma)
     (expected,) = plain.step([(plain.add(ids), 9)])
     (alone,) = forward.step([(forward.add(ids), 9)])
