@@ -15,7 +15,7 @@
 #define ROWS 16           /* queries × heads of a unit, unless one token alone has more heads */
 #define KEYS 4            /* of a block of scores */
 #define TILE 32           /* keys whose V is widened at once: 32 KiB at D = 256 */
-#define SMALL (1 << 21)   /* multiplications that are done before a helper has woken */
+#define SMALL (1 << 21)   /* multiplications that are done before a other thread has come */
 
 struct unit {
   int sequence, first, last; /* tokens first..last of the step */

@@ -5,7 +5,7 @@
 #include "threads.h"
 
 #define ROWS 8            /* of a unit of work */
-#define SMALL (1 << 16)   /* elements that are done before a helper has woken */
+#define SMALL (1 << 16)   /* elements that are done before a other thread has come */
 #define MAX_HEAD_DIM 512
 
 static int threads_for(int64_t elements, int num_threads) { return elements < SMALL ? 1 : num_threads; }

@@ -5,7 +5,7 @@
 #include "layers.h"
 #include "threads.h"
 
-#define SMALL (1 << 17) /* products that are done before a helper has woken */
+#define SMALL (1 << 17) /* products that are done before a other thread has come */
 #define VECTORS 4       /* of columns together */
 
 struct lora {

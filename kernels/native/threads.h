@@ -1,4 +1,4 @@
-/* A loop over independent units of work, on the caller's thread and helpers that sleep in between. */
+/* A loop over independent units of work, by the caller's thread and the others of torch's team. */
 #ifndef CABOCHON_THREADS_H
 #define CABOCHON_THREADS_H
 

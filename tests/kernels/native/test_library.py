@@ -22,13 +22,13 @@ x, weight = torch.randn(300, 640), torch.ones(640)
 def normed():
     out = torch.empty_like(x)
     rms_norm(x, weight, 1e-6, out=out)
-    return out
+    return out.numpy().tobytes()  # torch's own operators may not run in a fork
 before = normed()
 child = os.fork()
 if not child:
-    os._exit(0 if torch.equal(normed(), before) else 1)
+    os._exit(0 if normed() == before else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(normed(), before)
+assert normed() == before
 """
 
 
@@ -84,7 +84,7 @@ def normed(x: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("build")
 def test_callers_of_many_threads_do_not_disturb_each_other() -> None:
-    """One at a time has the helpers; the others work alone, at the same time."""
+    """Each caller has a team of its own."""
     threads = torch.get_num_threads()
     inputs = [noise(300, 640, seed=i) for i in range(8)]
     try:
@@ -98,7 +98,7 @@ def test_callers_of_many_threads_do_not_disturb_each_other() -> None:
         torch.set_num_threads(threads)
 
 
-def test_a_fork_has_threads_of_its_own() -> None:
+def test_a_fork_works_alone() -> None:
     if library() is None:
         absent("no C library for this CPU: it is built by pip install, with a C compiler")
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
