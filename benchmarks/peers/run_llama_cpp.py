@@ -2,12 +2,21 @@
 
 from typing import Any
 
+import llama_cpp
 from llama_cpp import Llama
 from worker import Generate, serve
 
 
 def load(options: dict[str, Any]) -> Generate:
-    """Weights as they are in the file (Q4_K_M)."""
+    """Weights as the file has them (Q4_K_M), not repacked: products for AMX faulted on a virtual machine."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_repacking() -> llama_cpp.llama_model_params:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = without_repacking
     threads = options["threads"]
     llama = Llama(
         model_path=options["model"], n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
