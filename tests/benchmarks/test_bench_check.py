@@ -10,7 +10,6 @@ import bench_check
 import counters
 import pytest
 
-from cabochon.engine import runner
 from cabochon.engine.core import EngineCore
 from cabochon.engine.linear import Linear
 from cabochon.engine.messages import GenerateRequest
@@ -79,7 +78,7 @@ def test_more_operators_and_more_padding_fail(monkeypatch: pytest.MonkeyPatch) -
     def copying(self: Linear, x: Any) -> Any:
         return multiply(self, x.clone().clone().clone().clone())
 
-    monkeypatch.setattr(runner, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(Linear, "row_multiple", 16)
     monkeypatch.setattr(Linear, "__call__", copying)
     found = named(worse(bench_check.device))
     assert "torch operators per layer of a decode step" in found

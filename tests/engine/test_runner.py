@@ -40,6 +40,7 @@ class EchoModel:
     """Hidden rows are (token id, position); logits are the same two numbers."""
 
     config = CONFIG
+    row_multiple = 4
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
