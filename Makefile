@@ -25,7 +25,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(SERVE_STAMP): pyproject.toml $(wildcard kernels/native/*)
+$(SERVE_STAMP): pyproject.toml $(wildcard kernels/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_INDEX) -e '.[demo]'
 	touch $@

@@ -15,7 +15,7 @@ from cabochon.kernels.native.layers import LANES
 
 MAX_WEIGHT = 127
 TINY = 1e-37  # a scale of zeros: its inverse is finite
-SUM_ERROR = 2.0**-19  # of two fp32 sums, relative to the product of norms: 16 ulp each, scales in it
+SUM_ROUNDINGS = 32  # of an fp32 sum, beside one for each vector of a row: trees, scales, conversions
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class Int8Head:
 
     |x·w − x̂·ŵ| ≤ ‖x‖ ‖w − ŵ‖ + ‖x − x̂‖ ‖ŵ‖, to which the rounding of sums and results is added. Whose upper
     bound reaches the lower bound of a row's largest is computed from the embedding. So the largest entry is
-    the unquantized product's, and greedy tokens are.
+    the unquantized product's, and greedy tokens without bias, penalties and masks are.
     """
 
     is_copy = True
@@ -75,8 +75,9 @@ class Int8Head:
         self.out_features, self.in_features = embedding.shape
         self._embedding = embedding
         self._values, self._scales = quantize_weight(embedding)
+        sum_error = (self.in_features / LANES + SUM_ROUNDINGS) * 2.0**-24  # relative to the product of norms
         errors, self._largest = _norms(embedding, self._values, self._scales)
-        self._errors = errors.add_(SUM_ERROR * self._largest).mul_(1.0001)  # roundings of themselves
+        self._errors = errors.add_(sum_error * self._largest).mul_(1.0001)  # roundings of themselves
         self.num_bytes = self._values.nbytes + self._scales.nbytes + self._errors.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Runner(StepRunner):
         self._model = model
         self._attention = attention
         self._adapters = adapters
+        self._row_multiple = max(model.row_multiple, 1 if adapters is None else adapters.row_multiple)
         self.sampler = sampler
 
     def admit(self, request: Request) -> None:
@@ -131,7 +132,7 @@ class Runner(StepRunner):
         """[T', E], every token of the plan, before the final norm."""
         inputs = self._attention.prepare(plan, rows)
         token_ids = rows.token_ids[np.repeat(plan.rows, plan.lens), positions_of(plan)].astype(np.int64)
-        padded = np.pad(token_ids, (0, -len(token_ids) % self._model.row_multiple))
+        padded = np.pad(token_ids, (0, -len(token_ids) % self._row_multiple))
         moved = torch.from_numpy(padded).to(inputs.positions.device)
         deltas = None
         if self._adapters is not None:

@@ -20,7 +20,7 @@ from cabochon.kernels.native.library import library
 logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)  # Ada, L4
-NO_LIBRARY = "no native library: none was built, or the CPU is older than AVX2"
+NO_LIBRARY = "no native library: none was built (GCC 12 or newer does), or the CPU is older than AVX2"
 
 
 def has_triton() -> bool:

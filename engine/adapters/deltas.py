@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cabochon.engine.adapters.adapter import PARTS, Adapter, LinearName, LinearShape, linear_shapes
 from cabochon.engine.attention import Move, mover
-from cabochon.engine.linear import Linear
+from cabochon.engine.linear import ROW_MULTIPLE, Linear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.rows import NO_ADAPTER
 
@@ -29,6 +29,8 @@ class StepDeltas(ABC):
 
 class AdapterWeights(ABC):
     """The weights in the slots of a device."""
+
+    row_multiple = 1  # rows of a step on a CPU are padded to it
 
     @abstractmethod
     def put(self, slot: int, adapter: Adapter | None) -> None:
@@ -50,6 +52,8 @@ class TorchAdapterWeights(AdapterWeights):
     What a token gets of other adapters is masked. On a CPU a bf16 product takes 16 µs however small it is:
     eight adapters one by one would add half the time of a step (docs/decisions.md).
     """
+
+    row_multiple = ROW_MULTIPLE
 
     def __init__(self, model: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self._shapes = linear_shapes(model)

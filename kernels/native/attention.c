@@ -5,7 +5,7 @@
 
    Bits: a score is one chain of sums over the head dimension; a weight needs its own row's scores alone, in
    vectors that begin at the row's first visible key; an output adds p V key by key in the order of keys, and
-   keys that only neighbours see add an exact zero. So a token's result does not depend on how its prompt was
+   keys that only neighbours see add an exact zero, while their V is finite. So a token's result does not depend on how its prompt was
    cut, on whether it is a decode, or on who shares the step. */
 #include <stdlib.h>
 
@@ -37,6 +37,7 @@ static __thread size_t scratch_bytes;
 static char *scratch_of(size_t bytes) {
   if (bytes > scratch_bytes) {
     free(scratch);
+    bytes += bytes / 2; /* a long sequence needs a little more at every step */
     scratch = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
     scratch_bytes = scratch ? bytes : 0;
   }
@@ -123,7 +124,7 @@ INLINE void attend(struct attention *a, int number, const int is_fp32) {
   const int low = a->window && first >= a->window ? first - a->window + 1 : 0, n = last - low + 1;
   const int64_t stride = (n + 2 * LANES + LANES - 1) / LANES * LANES;
   char *memory = scratch_of((rows * (stride + 2 * D) + TILE * D) * sizeof(float) + n * sizeof(int64_t));
-  if (!memory) abort();
+  if (!memory) abort(); /* the engine ends, and the server says so */
   float *s = (float *)memory, *q = s + rows * stride, *acc = q + rows * D, *wide = acc + rows * D;
   int64_t *places = (int64_t *)(wide + TILE * D);
 

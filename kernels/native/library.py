@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEVELS = {"AVX512": "_v4", "AVX2": "_v3"}  # torch's names; x86-64-v4 and x86-64-v3
+# By torch's names: x86-64-v4 and x86-64-v3, the best first
+LEVELS = {"AVX512": ("_v4", "_v3"), "AVX2": ("_v3",)}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library for this CPU, or None."""
+    """The best for this CPU that was built, or None."""
+    names: tuple[str, ...] = ("_any",)
     if platform.machine() in ("x86_64", "AMD64"):
-        name = LEVELS.get(torch.backends.cpu.get_cpu_capability())
-        if name == "_v4" and torch.cpu._is_vnni_supported():
-            name = "_v4_vnni"
-    else:
-        name = "_any"
-    if name is None:
-        return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(name + suffix)
-        if path.exists():
-            return ctypes.CDLL(str(path))
+        names = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())
+        if "_v4" in names and torch.cpu._is_vnni_supported():
+            names = ("_v4_vnni", *names)
+    for name in names:
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(__file__).with_name(name + suffix)
+            if path.exists():
+                return ctypes.CDLL(str(path))
     return None
 
 

@@ -82,7 +82,7 @@ def model_without(reason: str, config: ModelConfig, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "reason",
     [
-        "no native library: none was built, or the CPU is older than AVX2",
+        settle.NO_LIBRARY,
         "a model whose rows or heads are no multiple of 16",
     ],
 )
