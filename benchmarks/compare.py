@@ -113,7 +113,9 @@ class Comparison:
         """Each peer once, with the same prompts; one that fails leaves `peers`."""
         workload = WORKLOADS[workload_name]
         prompts = self._prompts(workload)
-        for name in [name for name in peers if name not in workload.excluded]:
+        names = [name for name in peers if name not in workload.excluded]
+        first = number % len(names)  # who was asleep longest is slowest to begin: each in its turn
+        for name in names[first:] + names[:first]:
             others = [peer for other, peer in peers.items() if other != name]
             try:
                 figures = measure(peers[name], others, workload, prompts)

@@ -4,8 +4,8 @@
 
 Rounds are interleaved (ours, theirs, ours, ...) in one process, each with prompts never seen before; a
 warm-up round of each is dropped. A row is one round: output tokens per second. The last row has the median
-ratio of the first provider to the second. Greedy, EOS ignored, no prefix hits. Run nothing else meanwhile:
-absolute figures drift with the machine, ratios hold.
+ratio. Greedy, EOS ignored, no prefix hits. Run nothing else meanwhile: absolute figures drift with the
+machine, ratios hold.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,8 @@ Provider = Callable[[Prompts, int], int]  # prompts, output tokens each -> outpu
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def ours(args: argparse.Namespace, **options: str) -> Provider:
-    llm = LLM(args.model, dtype=args.dtype, kv_cache_gib=1.0, threads=args.threads, **options)
+def ours(args: argparse.Namespace) -> Provider:
+    llm = LLM(args.model, dtype=args.dtype, kv_cache_gib=1.0, threads=args.threads)
 
     def run(prompts: Prompts, output_tokens: int) -> int:
         params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
@@ -53,13 +52,8 @@ def generate_batch(args: argparse.Namespace) -> Provider:
 
 PROVIDERS: dict[str, Callable[[argparse.Namespace], Provider]] = {
     "cabochon": ours,
-    "cabochon int8": partial(ours, quantization="int8"),
-    "cabochon in torch": partial(ours, attention_backend="torch"),
     "transformers generate_batch": generate_batch,
 }
-
-
-DEFAULT = ["cabochon", "transformers generate_batch"]
 
 
 def new_prompts(rng: np.random.Generator, args: argparse.Namespace) -> Prompts:
@@ -110,7 +104,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--output-tokens", type=int, default=64)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    p.add_argument("--providers", nargs="+", choices=PROVIDERS, default=DEFAULT)
+    p.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     p.add_argument("--out", type=Path)
     return p.parse_args()
 

@@ -65,7 +65,7 @@ def rounded_weight(weight: Tensor) -> Linear:
 
 
 class CoarseInt8Linear(Int8Linear):
-    """With x in 8 bits, a scale per token: one product instead of two. Why the engine does not."""
+    """With x in 8 bits, a scale per token. What it costs is why the engine does not."""
 
     def __call__(self, x: Tensor) -> Tensor:
         scales = x.abs().amax(1, keepdim=True) / 127

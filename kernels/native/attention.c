@@ -7,6 +7,7 @@
    vectors that begin at the row's first visible key; an output adds p V key by key in the order of keys, and
    keys that only neighbours see add an exact zero, while their V is finite. So a token's result does not depend on how its prompt was
    cut, on whether it is a decode, or on who shares the step. */
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "layers.h"
@@ -28,6 +29,7 @@ struct attention {
   const struct unit *units;
   float scale, softcap;
   int M, P, Hq, Hkv, D, window, is_fp32;
+  atomic_int lacks_memory;
 };
 
 static __thread char *scratch;
@@ -124,7 +126,10 @@ INLINE void attend(struct attention *a, int number, const int is_fp32) {
   const int low = a->window && first >= a->window ? first - a->window + 1 : 0, n = last - low + 1;
   const int64_t stride = (n + 2 * LANES + LANES - 1) / LANES * LANES;
   char *memory = scratch_of((rows * (stride + 2 * D) + TILE * D) * sizeof(float) + n * sizeof(int64_t));
-  if (!memory) abort(); /* the engine ends, and the server says so */
+  if (!memory) {
+    atomic_store(&a->lacks_memory, 1);
+    return;
+  }
   float *s = (float *)memory, *q = s + rows * stride, *acc = q + rows * D, *wide = acc + rows * D;
   int64_t *places = (int64_t *)(wide + TILE * D);
 
@@ -193,8 +198,8 @@ EXPORT int cabochon_paged_attention(const void *q, const void *k, const void *v,
       units[number++] = (struct unit){sequence, token, end - 1};
     }
   struct attention a = {q, k, v, table, cu_seqlens, seq_lens, out, units, scale, softcap,
-                        M, P, Hq, Hkv, D, window, is_fp32};
+                        M, P, Hq, Hkv, D, window, is_fp32, 0};
   for_each(is_fp32 ? attend_fp32 : attend_bf16, &a, num_units * Hkv, work < SMALL ? 1 : num_threads);
   free(units);
-  return 0;
+  return atomic_load(&a.lacks_memory) ? -1 : 0;
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.native.layers import LANES, MAX_HEAD_DIM
-from cabochon.kernels.native.library import IS_FP32, check, describe, function
+from cabochon.kernels.native.library import check, describe, function, how
 
 
 def native_attention(
@@ -43,7 +43,7 @@ def native_attention(
     status = function("cabochon_paged_attention", "pppppppffiiiiiiiii")(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), cu_seqlens_q.data_ptr(),
         seq_lens.data_ptr(), out.data_ptr(), scale, softcap or 0.0, S, page_table.shape[1], P, Hq, Hkv, D,
-        window or 0, IS_FP32[q.dtype], torch.get_num_threads(),
+        window or 0, *how(q),
     )  # fmt: skip
     if status:
         raise MemoryError(f"attention of {T} tokens needs memory for its units")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.native.layers import LANES
-from cabochon.kernels.native.library import IS_FP32, check, describe, function
+from cabochon.kernels.native.library import check, check_floats, describe, function, how
 
 PAIRS = 32  # of the C source: rows of values are multiples
 FEWEST = 4  # rows of a weight
@@ -33,7 +33,7 @@ def int8_linear(x: Tensor, values: Tensor, scales: Tensor, *, out: Tensor) -> No
     (T, K), (N, padded) = x.shape, values.shape
     function("cabochon_int8_linear", "ppppppiiiiii")(
         x.data_ptr(), x_values.data_ptr(), x_scales.data_ptr(), values.data_ptr(), scales.data_ptr(),
-        out.data_ptr(), T, N, K, padded, IS_FP32[x.dtype], torch.get_num_threads(),
+        out.data_ptr(), T, N, K, padded, *how(x),
     )  # fmt: skip
 
 
@@ -55,11 +55,11 @@ def int8_head(
     x_values, x_scales = _memory_for(x, values, scales, out)
     (T, K), (N, padded) = x.shape, values.shape
     check(embedding.shape == (N, K), x, embedding)
-    _check_floats(errors, N)
+    check_floats(errors, N)
     status = function("cabochon_int8_head", "pppppppfpiiiiii")(
         x.data_ptr(), x_values.data_ptr(), x_scales.data_ptr(), values.data_ptr(), scales.data_ptr(),
         embedding.data_ptr(), errors.data_ptr(), X_STEP_ERROR * math.sqrt(K) * largest, out.data_ptr(),
-        T, N, K, padded, IS_FP32[x.dtype], torch.get_num_threads(),
+        T, N, K, padded, *how(x),
     )  # fmt: skip
     if status:
         raise MemoryError(f"a head of {N} tokens needs memory for the bounds of {T} rows")
@@ -86,10 +86,5 @@ def _memory_for(x: Tensor, values: Tensor, scales: Tensor, out: Tensor) -> tuple
     check(out.shape == (T, N) and K % LANES == 0 and N >= FEWEST, x, out)
     if values.shape != (N, padded) or values.dtype != torch.int8 or not values.is_contiguous():
         raise ValueError(f"values must be a contiguous [{N}, {padded}] int8, got {describe(values)}")
-    _check_floats(scales, N)
+    check_floats(scales, N)
     return torch.empty((T, padded), dtype=torch.int16), torch.empty(T)
-
-
-def _check_floats(x: Tensor, size: int) -> None:
-    if x.shape != (size,) or x.dtype != torch.float32 or not x.is_contiguous():
-        raise ValueError(f"scales and errors must be contiguous [{size}] fp32, got {describe(x)}")

@@ -8,7 +8,7 @@ Traffic  that of the Triton kernels: torch's operators on their own make about t
 import torch
 from torch import Tensor
 
-from cabochon.kernels.native.library import IS_FP32, check, describe, function
+from cabochon.kernels.native.library import check, check_floats, function, how
 
 LANES = 16  # of a vector: rows and heads are multiples
 MAX_HEAD_DIM = 512
@@ -22,9 +22,9 @@ def rms_norm(x: Tensor, unit_offset_weight: Tensor, eps: float, *, out: Tensor) 
     """
     T, E = x.shape
     check(out.shape == x.shape and E % LANES == 0, x, out)
-    _check_weight(unit_offset_weight, E)
+    check_floats(unit_offset_weight, E)
     function("cabochon_rms_norm", "pppfiiii")(
-        x.data_ptr(), unit_offset_weight.data_ptr(), out.data_ptr(), eps, T, E, *_how(x)
+        x.data_ptr(), unit_offset_weight.data_ptr(), out.data_ptr(), eps, T, E, *how(x)
     )
 
 
@@ -46,10 +46,10 @@ def embed_norm(
     T, E = residual_out.shape
     fits = x_out.shape == (T, E) and embedding.shape[1] == E and E % LANES == 0
     check(fits and _are_ids(token_ids, T), embedding, residual_out, x_out)
-    _check_weight(unit_offset_weight, E)
+    check_floats(unit_offset_weight, E)
     function("cabochon_embed_norm", "ppfpppfiiii")(
         token_ids.data_ptr(), embedding.data_ptr(), scale, unit_offset_weight.data_ptr(),
-        residual_out.data_ptr(), x_out.data_ptr(), eps, T, E, *_how(embedding),
+        residual_out.data_ptr(), x_out.data_ptr(), eps, T, E, *how(embedding),
     )  # fmt: skip
 
 
@@ -72,13 +72,13 @@ def sandwich_norm(
     x = residual if x_out is None else x_out
     fits = residual.shape == x.shape == (T, E) and E % LANES == 0 and (pre_weight is None) == (x_out is None)
     check(fits and residual_out is residual, branch, residual, x)
-    _check_weight(post_weight, E)
+    check_floats(post_weight, E)
     if pre_weight is not None:
-        _check_weight(pre_weight, E)
+        check_floats(pre_weight, E)
     function("cabochon_sandwich_norm", "pppppfiiii")(
         branch.data_ptr(), residual.data_ptr(), post_weight.data_ptr(),
         pre_weight.data_ptr() if pre_weight is not None else None,
-        x_out.data_ptr() if x_out is not None else None, eps, T, E, *_how(branch),
+        x_out.data_ptr() if x_out is not None else None, eps, T, E, *how(branch),
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def geglu(gate_up: Tensor, *, out: Tensor) -> None:
     """
     T, F = out.shape
     check(gate_up.shape == (T, 2 * F) and F % LANES == 0, gate_up, out)
-    function("cabochon_geglu", "ppiiii")(gate_up.data_ptr(), out.data_ptr(), T, F, *_how(gate_up))
+    function("cabochon_geglu", "ppiiii")(gate_up.data_ptr(), out.data_ptr(), T, F, *how(gate_up))
 
 
 def qkv_rope_write(
@@ -124,22 +124,13 @@ def qkv_rope_write(
     check(fits and cos.is_contiguous() and sin.is_contiguous(), qkv, q_out, k_pages, v_pages)
     for weight in (q_norm, k_norm):
         if weight is not None:
-            _check_weight(weight, D)
+            check_floats(weight, D)
     norms = (None if weight is None else weight.data_ptr() for weight in (q_norm, k_norm))
     function("cabochon_qkv_rope_write", "ppppppppppfiiiiii")(
         qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), *norms,
-        q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), eps, T, Hq, Hkv, D, *_how(qkv),
+        q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), eps, T, Hq, Hkv, D, *how(qkv),
     )  # fmt: skip
-
-
-def _how(x: Tensor) -> tuple[int, int]:
-    return IS_FP32[x.dtype], torch.get_num_threads()
 
 
 def _are_ids(x: Tensor, size: int) -> bool:
     return x.shape == (size,) and x.dtype == torch.int64 and x.is_contiguous()
-
-
-def _check_weight(weight: Tensor, size: int) -> None:
-    if weight.shape != (size,) or weight.dtype != torch.float32 or not weight.is_contiguous():
-        raise ValueError(f"weight must be a contiguous [{size}] fp32, got {describe(weight)}")

@@ -70,6 +70,17 @@ def check(fits: bool, *tensors: Tensor) -> None:
             )
 
 
+def check_floats(x: Tensor, size: int) -> None:
+    """Raises ValueError unless it is a contiguous vector of `size` fp32: a norm's weight, scales."""
+    if x.shape != (size,) or x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"weights and scales must be a contiguous [{size}] fp32, got {describe(x)}")
+
+
+def how(x: Tensor) -> tuple[int, int]:
+    """The last two arguments of most functions: is_fp32, num_threads."""
+    return IS_FP32[x.dtype], torch.get_num_threads()
+
+
 def describe(x: Tensor) -> str:
     """For errors: shape, strides, dtype and device, no values."""
     return f"{list(x.shape)} {x.stride()} {x.dtype} {x.device}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.native.layers import LANES
-from cabochon.kernels.native.library import IS_FP32, check, describe, function
+from cabochon.kernels.native.library import check, describe, function, how
 
 
 class NativeLora(NamedTuple):
@@ -65,5 +65,5 @@ def add_lora(x: Tensor, weights: NativeLoraWeights, tiles: Tensor, *, out: Tenso
         raise ValueError(f"tiles must be a contiguous [n, 3] int32, got {describe(tiles)}")
     function("cabochon_add_lora", "pppppppiiiiii")(
         x.data_ptr(), out.data_ptr(), tiles.data_ptr(), *weights.tables, len(tiles), weights.num_parts, K, N,
-        IS_FP32[x.dtype], torch.get_num_threads(),
+        *how(x),
     )  # fmt: skip

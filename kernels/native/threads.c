@@ -4,17 +4,16 @@
 #include "threads.h"
 
 #include <dlfcn.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
-static pthread_once_t once = PTHREAD_ONCE_INIT;
 static parallel_function parallel;
 static pid_t owner; /* a team does not survive a fork */
 
-static void find_parallel(void) {
+/* When the library is loaded: torch is there already. */
+__attribute__((constructor)) static void find_parallel(void) {
   parallel = (parallel_function)dlsym(RTLD_DEFAULT, "GOMP_parallel");
   owner = getpid();
 }
@@ -34,7 +33,6 @@ static void work(void *arguments) {
 /* Always all of torch's threads: a smaller team would end the others. */
 void for_each(void (*run)(void *, int), void *arguments, int num_units, int num_threads) {
   struct job job = {run, arguments, num_units, 0};
-  pthread_once(&once, find_parallel);
   if (num_units < 2 || num_threads < 2 || !parallel || owner != getpid())
     work(&job);
   else

@@ -13,6 +13,9 @@
 #endif
 
 #define LANES 16
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bf16 is read as the upper half of a float");
+
 #define EXPORT __attribute__((visibility("default")))
 
 typedef float vfloat __attribute__((vector_size(4 * LANES)));

@@ -111,6 +111,28 @@ def test_rows_of_the_forward_pass_are_a_multiple_of_four(length: int) -> None:
     assert len(model.token_ids) == -(-length // 4) * 4
 
 
+class FourRowAdapters:
+    """Adapters whose products need rows in fours, of a step that has none."""
+
+    row_multiple = 4
+
+    def step(self, *_: object) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("has_adapters", "num_rows"), [(False, 5), (True, 8)])
+def test_rows_are_padded_for_the_model_or_its_adapters(
+    monkeypatch: pytest.MonkeyPatch, has_adapters: bool, num_rows: int
+) -> None:
+    monkeypatch.setattr(EchoModel, "row_multiple", 1)
+    _, model, rows = echo()
+    attention = TorchAttention(CONFIG, pages_of(CONFIG, 2))
+    adapters = FourRowAdapters() if has_adapters else None
+    runner = Runner(model, attention, EchoSampler(), adapters)  # type: ignore[arg-type]
+    runner.sampling_hidden(plan_of((2, 0, 5, True)), rows)
+    assert len(model.token_ids) == num_rows
+
+
 def test_tokens_come_in_the_order_of_the_sampling_rows() -> None:
     runner, model, rows = echo()
     sampled = runner.run(MIXED, rows)

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(dtype: torch.dtype) -> None:
     for odd in (torch.zeros(8, 48, dtype=torch.int8), values.int(), torch.zeros(32, 8, dtype=torch.int8).T):
         with pytest.raises(ValueError, match=r"values must be a contiguous \[8, 32\] int8"):
             int8_linear(x, odd, scales, out=out)
-    with pytest.raises(ValueError, match=r"must be contiguous \[8\] fp32"):
+    with pytest.raises(ValueError, match=r"must be a contiguous \[8\] fp32"):
         int8_linear(x, values, scales[:7], out=out)
     with pytest.raises(ValueError, match="must fit"):
         int8_linear(x, values[:3], scales[:3], out=out[:, :3].contiguous())

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,19 @@ def test_each_cpu_has_its_own(
     found = library()
     assert found is not None
     assert f"/{name}." in found._name
+
+
+@pytest.mark.usefixtures("build")
+def test_a_level_that_was_not_built_leaves_the_one_below(asked: pytest.MonkeyPatch, build: str) -> None:
+    if build != "_v3":
+        pytest.skip("another parameter has it: this one may not run here")
+    exists = Path.exists
+    asked.setattr("platform.machine", lambda: "x86_64")
+    asked.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    asked.setattr(Path, "exists", lambda path: "_v4" not in path.name and exists(path))
+    found = library()
+    assert found is not None
+    assert "/_v3." in found._name
 
 
 def test_without_a_build_there_is_none(asked: pytest.MonkeyPatch) -> None:
