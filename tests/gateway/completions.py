@@ -49,10 +49,17 @@ def text_of(stream: Any) -> str:
 
 
 def wait_until_seen(gateway: Gateway, *servers: Server) -> None:
-    """Until the picker sends requests to these and to no others."""
+    """Until the picker sends requests to these and to no others; before that it may refuse them."""
+    wanted = set(addresses(servers))
+
+    def seen() -> bool:
+        try:
+            return {server_of(client) for _ in servers} == wanted
+        except openai.InternalServerError:  # not one of them has been scraped yet, or lately enough
+            return False
+
     with gateway.client() as client:
-        wanted = set(addresses(servers))
-        wait_until(lambda: {server_of(client) for _ in servers} == wanted, 10)
+        wait_until(seen, 10)
 
 
 def with_prefix_on(gateway: Gateway, client: openai.OpenAI, server: Server, others: Sequence[Server]) -> None:

@@ -124,9 +124,9 @@ def test_the_word_is_in_no_log_metric_span_or_error(
             emulator.address,
             armor_policy_file=policy_file(path, open={"on_unchecked": "open"}),
             armor_cache_s=0,
-            armor_prompt_timeout_s=0.1,
-            armor_window_timeout_s=0.1,
-            armor_total_timeout_s=0.15,
+            armor_prompt_timeout_s=0.5,
+            armor_window_timeout_s=0.5,
+            armor_total_timeout_s=0.75,
         )
         with ArmoredServer(config, tracing=Tracing.to(collector.url)) as server:
             answers = ask_all(server)
