@@ -47,8 +47,8 @@ serve-ray: $(RAY_STAMP) ## Serve through Ray Serve: replicas from port 8000, its
 test: $(STAMP) ## Tests, under ten minutes on 2 cores
 	$(BIN)/pytest -q
 
-test-slow: $(STAMP) ## All tests, the slow ones too; what passes at the second try only is listed (R)
-	$(BIN)/pytest -q -m 'not gpu' --reruns 1 -r R
+test-slow: $(STAMP) ## All tests, the slow ones too
+	$(BIN)/pytest -q -m 'not gpu'
 
 clients: $(CLIENTS_STAMP) ## Install lm-eval, LangChain and LiteLLM, which some slow tests drive (0.8 GB)
 

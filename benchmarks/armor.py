@@ -1,7 +1,7 @@
 """What Model Armor costs: the first token, throughput, and how long text waits for its check.
 
     python benchmarks/armor.py ttft --out FILE          # a prompt's check beside its prefill
-    python benchmarks/armor.py throughput --out FILE    # streams in window mode, beside the same unguarded
+    python benchmarks/armor.py throughput --out FILE    # streams in windows, beside mode off, beside none
     python benchmarks/armor.py delay --out FILE         # first text by mode and time of a check
     python benchmarks/armor.py guard --out FILE         # the guard alone, on text at a steady speed
 
@@ -40,6 +40,7 @@ TEMPLATES = "projects/demo/locations/local/templates"
 ARMS: dict[str, dict[str, Any]] = {  # what their policies change; the options check all, in windows
     "unguarded": {"prompt_template": None, "response_template": None},
     "prompt": {"response_template": None},
+    "off": {"mode": "off"},
     "window": {"mode": "window"},
     "strict": {"mode": "strict"},
 }
@@ -151,15 +152,18 @@ async def ttft(bench: Bench) -> None:
 
 
 async def throughput(bench: Bench) -> None:
-    """Rounds of many streams at once, whole time of a round; in turn unguarded and with all text checked."""
+    """Rounds of many streams at once, whole time of a round; each begins with another of the arms.
+
+    unguarded: nothing is checked. off: prompts alone. window: all text.
+    """
     args = bench.args
-    arms = ("unguarded", "window")
+    arms = ("unguarded", "off", "window")
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
-    calls: dict[str, int] = {}
+    calls: dict[str, dict[str, int]] = {arm: {} for arm in arms}
     for number in range(args.rounds + 1):
-        for arm in arms[:: 1 if number % 2 else -1]:
+        for arm in rotated(arms, number):
             started_s = time.perf_counter()
-            async with bench.counted(calls):
+            async with bench.counted(calls[arm]):
                 streams = [
                     bench.stream(arm, args.short_words, args.output_tokens) for _ in range(args.streams)
                 ]
@@ -170,14 +174,20 @@ async def throughput(bench: Bench) -> None:
                 row = {"case": "throughput", "round": number, "arm": arm, "output_tok_per_s": round(rate, 1)}
                 emit({**row, **bench.about}, args.out)
     num_guarded = (args.rounds + 1) * args.streams
-    expect(calls["SanitizeUserPrompt"], num_guarded, "a check for each guarded prompt")
-    expect(calls["SanitizeModelResponse"], num_guarded, "one at least for each guarded answer")
-    ratios = [window / plain for plain, window in zip(*rates.values(), strict=True)]
+    for arm in ("off", "window"):
+        expect(calls[arm]["SanitizeUserPrompt"], num_guarded, "a check for each guarded prompt")
+    expect(calls["window"]["SanitizeModelResponse"], num_guarded, "one at least for each guarded answer")
     summary: dict[str, object] = {arm: round(statistics.median(rates[arm]), 1) for arm in arms}
+    ratios = {base: [w / b for w, b in zip(rates["window"], rates[base], strict=True)] for base in arms[:2]}
     summary |= {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-        "answer_checks_per_stream": round(calls["SanitizeModelResponse"] / num_guarded, 2),
+        "ratios": {
+            base: {
+                "ratio": round(statistics.median(of), 3),
+                "ratio_min_max": [round(min(of), 3), round(max(of), 3)],
+            }
+            for base, of in ratios.items()
+        },
+        "answer_checks_per_stream": round(calls["window"]["SanitizeModelResponse"] / num_guarded, 2),
         "streams": args.streams,
         "output_tokens": args.output_tokens,
         "check_ms": args.check_s * 1e3,
@@ -264,6 +274,12 @@ async def guard_alone(
         "longest_gap_ms": max((later - sooner for sooner, later in pairwise(shown_s)), default=0.0) * 1e3,
         "answer_checks": num_checks,
     }
+
+
+def rotated(arms: Sequence[str], number: int) -> Sequence[str]:
+    """In each round another is first, so that none has the warmer machine."""
+    start = number % len(arms)
+    return [*arms[start:], *arms[:start]]
 
 
 def expect(found: int, least: int, what: str) -> None:

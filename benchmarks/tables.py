@@ -221,12 +221,14 @@ def armor_ttft(rows: Sequence[Row]) -> list[str]:
 
 
 def armor_throughput(rows: Sequence[Row]) -> list[str]:
-    """`armor.py throughput`: nothing checked, and prompts and answers in windows."""
+    """`armor.py throughput`: nothing checked, prompts alone, and answers in windows too."""
     (row,) = _summaries(rows, "throughput")
     cells = [
         ("nothing checked", f"{row['unguarded']:.0f}"),
-        (f"prompts and windows checked, {row['check_ms']:.0f} ms away", f"{row['window']:.0f}"),
-        ("ratio, median (lowest, highest)", _ratio(row, 3)),
+        (f"prompts checked, {row['check_ms']:.0f} ms away, answers not (`off`)", f"{row['off']:.0f}"),
+        ("prompts and answers checked (`window`)", f"{row['window']:.0f}"),
+        ("`window` ÷ `off`, median (lowest, highest)", _ratio(row["ratios"]["off"], 3)),
+        ("`window` ÷ nothing checked", _ratio(row["ratios"]["unguarded"], 3)),
     ]
     head = f"output tok/s, {row['streams']} streams of {row['output_tokens']}, median of {_rounds(rows)}"
     return _table(("", head), cells)

@@ -77,6 +77,12 @@ def long_gemma2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tmp_path_factory.mktemp("long"), random_gemma2, max_position_embeddings=8192)
 
 
+@pytest.fixture(scope="session")
+def endless_gemma2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Gemma 2 with room for a stream of 60,000 tokens, which outlasts every test."""
+    return _save(tmp_path_factory.mktemp("endless"), random_gemma2, max_position_embeddings=65536)
+
+
 def _save(directory: Path, make: Callable[..., torch.nn.Module], **options: object) -> Path:
     tokenizer = tiny_tokenizer()
     ids = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}

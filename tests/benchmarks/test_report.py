@@ -116,19 +116,24 @@ def test_a_serving_table_has_a_line_for_each_stage(results: Path) -> None:
 def test_tables_of_model_armor_take_the_rows_of_their_case(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"case": "ttft", "unguarded_ms": 400.2, "prompt_ms": 403.4, "added_ms": 3.21, "check_ms": 250.0},
-        {"case": "throughput", "unguarded": 100.4, "window": 98.6, "ratio": 0.982, "check_ms": 250.0},
+        {"case": "throughput", "unguarded": 100.4, "off": 99.6, "window": 98.6, "check_ms": 250.0},
         {"case": "delay", "arm": "window", "first_text_ms": 1370.0, "end_ms": 10200.0, "check_ms": 250.0},
     ]
     rows[0] |= {"added_quartiles_ms": [1.0, 5.0], "waited_for_verdict_mean_ms": 0.4}
     rows[0] |= {"prompt_tokens": 604, "pairs": 50}
-    rows[1] |= {"ratio_min_max": [0.97, 0.99], "streams": 16, "output_tokens": 96}
+    ratios = {"off": 0.99, "unguarded": 0.982}
+    rows[1] |= {"ratios": {arm: {"ratio": of, "ratio_min_max": [0.97, 0.995]} for arm, of in ratios.items()}}
+    rows[1] |= {"streams": 16, "output_tokens": 96}
     rows[2] |= {"first_text_min_max_ms": [1300.0, 1400.0], "longest_gap_ms": 2000.0, "answer_checks": 6.0}
     rounds = [{"case": "throughput", "round": number} for number in (1, 2)]
     path = write(tmp_path / "armor.jsonl", *rounds, *({**row, "summary": "medians"} for row in rows))
     found = tables.read(path)
     assert tables.armor_ttft(found)[-1] == "| difference of a pair (quartiles) | 3.2 ms (1.0, 5.0) |"
     assert tables.armor_throughput(found)[0] == "|  | output tok/s, 16 streams of 96, median of 2 |"
-    assert tables.armor_throughput(found)[-1] == "| ratio, median (lowest, highest) | 0.982 (0.970, 0.990) |"
+    assert tables.armor_throughput(found)[-2:] == [
+        "| `window` ÷ `off`, median (lowest, highest) | 0.990 (0.970, 0.995) |",
+        "| `window` ÷ nothing checked | 0.982 (0.970, 0.995) |",
+    ]
     line = "| `window` | 250 ms | 1.37 s (1.30, 1.40) | 10.20 s | 2.00 s | 6 |"
     assert tables.armor_delay(found)[2:] == [line]
 

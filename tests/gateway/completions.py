@@ -55,8 +55,10 @@ def wait_until_seen(gateway: Gateway, *servers: Server) -> None:
     def seen() -> bool:
         try:
             return {server_of(client) for _ in servers} == wanted
-        except openai.InternalServerError:  # not one of them has been scraped yet, or lately enough
-            return False
+        except openai.InternalServerError as error:
+            if error.status_code != 503:
+                raise
+            return False  # not one of them has been scraped yet, or lately enough
 
     with gateway.client() as client:
         wait_until(seen, 10)

@@ -109,10 +109,10 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 
 def test_sigterm_to_a_node_drains_its_replica_in_three_phases(
-    two_nodes: TwoNodes, long_gemma2_dir: Path
+    two_nodes: TwoNodes, endless_gemma2_dir: Path
 ) -> None:
     args = {
-        "model": str(long_gemma2_dir),
+        "model": str(endless_gemma2_dir),
         "dtype": "fp32",
         "kv_cache_gib": 0.1,
         "threads": 1,
@@ -123,7 +123,7 @@ def test_sigterm_to_a_node_drains_its_replica_in_three_phases(
     assert run.returncode == 0, run.stderr[-2000:]
     one = {"prompt": "a", "max_tokens": 1}
     with Replica(0) as replica:
-        endless = Stream(replica.url, 7000)
+        endless = Stream(replica.url, 60_000)
         wait_until(lambda: endless.events, 20)
         two_nodes.node.send_signal(signal.SIGTERM)
         wait_until(lambda: replica.health() == 503, 10)

@@ -166,13 +166,21 @@ def test_a_text_typed_by_keyboard_is_continued(page: Browser, live: LiveServer) 
     assert page.focus() == "prompt"
     choose_complete(page)
     set_max_tokens(page, 6)
-    live.faults.cached_tokens = 2
+    live.faults.cached_tokens, live.faults.delay_s = 2, 0.02
     page.type(HELLO, Keys.ENTER)
     stats = page.wait_for(".stats", "at max tokens")
     assert page.text(".said") == "hello worldhello world"  # <bos> hello world, twice
     assert re.search(r"\d tok/sfirst token \d+ ms6 tokensprompt 3 tokens, 2 cached", stats)
     assert page.focus() == "prompt"
     assert page.find("#prompt").get_attribute("value") == ""
+
+
+def test_tokens_that_came_all_at_once_have_no_rate(page: Browser) -> None:
+    flow: dict[str, object] = {"startMs": 0, "firstMs": 12, "lastMs": 12, "firstTokens": 1}
+    for tokens in (1, 6):
+        flow |= {"usage": {"prompt_tokens": 3, "completion_tokens": tokens}}
+        told = page.driver.execute_script("return statsOf(arguments[0])[0].textContent", flow)
+        assert told == "– tok/s"
 
 
 def test_escape_stops_the_stream_and_the_engine(page: Browser, live: LiveServer) -> None:
