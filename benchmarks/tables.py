@@ -221,17 +221,18 @@ def armor_ttft(rows: Sequence[Row]) -> list[str]:
 
 
 def armor_throughput(rows: Sequence[Row]) -> list[str]:
-    """`armor.py throughput`: nothing checked, prompts alone, and answers in windows too."""
-    (row,) = _summaries(rows, "throughput")
+    """`armor.py throughput`: nothing checked, prompts alone (mode off), and answers in windows too."""
     cells = [
-        ("nothing checked", f"{row['unguarded']:.0f}"),
-        (f"prompts checked, {row['check_ms']:.0f} ms away, answers not (`off`)", f"{row['off']:.0f}"),
-        ("prompts and answers checked (`window`)", f"{row['window']:.0f}"),
-        ("`window` ÷ `off`, median (lowest, highest)", _ratio(row["ratios"]["off"], 3)),
-        ("`window` ÷ nothing checked", _ratio(row["ratios"]["unguarded"], 3)),
+        (
+            f"{row['streams']} × {row['output_tokens']}",
+            *(f"{row[arm]:.0f}" for arm in ("unguarded", "off", "window")),
+            *(_ratio(row["ratios"][base], 2) for base in ("off", "unguarded")),
+            f"{row['answer_checks_per_stream']:.1f}",
+        )
+        for row in _summaries(rows, "throughput")
     ]
-    head = f"output tok/s, {row['streams']} streams of {row['output_tokens']}, median of {_rounds(rows)}"
-    return _table(("", head), cells)
+    arms = ("nothing checked", "`off`", "`window`", "`window` ÷ `off` (lowest, highest)", "÷ nothing checked")
+    return _table(("streams × tokens", *arms, "checks of an answer"), cells)
 
 
 def armor_delay(rows: Sequence[Row]) -> list[str]:
