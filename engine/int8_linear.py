@@ -5,32 +5,15 @@ is ten times as large (docs/numerics.md). The head computes again, from the embe
 largest.
 """
 
-import torch
 from torch import Tensor
 
 from cabochon.engine.errors import ConfigError
-from cabochon.engine.linear import QUANTIZED_ROWS, exact_entries
-from cabochon.kernels.native.int8 import FEWEST, PAIRS, int8_head, int8_linear
+from cabochon.engine.linear import exact_entries
+from cabochon.kernels.native.int8 import FEWEST, int8_head, int8_linear
 from cabochon.kernels.native.layers import LANES
+from cabochon.kernels.native.quantize import quantization_errors, quantize_weight
 
-MAX_WEIGHT = 127
-TINY = 1e-37  # a scale of zeros: its inverse is finite
 SUM_ROUNDINGS = 32  # of an fp32 sum, beside one for each vector of a row: trees, scales, conversions
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: [n, k]. Returns values [n, k'] int8, zeros from k to a multiple of 32, and scales [n] fp32.
-
-    A row that is not finite has a scale that is not.
-    """
-    n, k = weight.shape
-    values, scales = torch.zeros((n, -(-k // PAIRS) * PAIRS), dtype=torch.int8), torch.empty(n)
-    for start in range(0, n, QUANTIZED_ROWS):  # in pieces: little memory
-        some = slice(start, start + QUANTIZED_ROWS)
-        norms = torch.linalg.vector_norm(weight[some], torch.inf, dim=1, dtype=torch.float32)
-        scales[some] = norms.mul_(1 / MAX_WEIGHT).clamp_min_(TINY)
-        values[some, :k] = torch.div(weight[some], scales[some, None]).round_()
-    return values, scales
 
 
 class Int8Linear:
@@ -75,9 +58,7 @@ class Int8Head:
         self.out_features, self.in_features = embedding.shape
         self._embedding = embedding
         self._values, self._scales = quantize_weight(embedding)
-        sum_error = (self.in_features / LANES + SUM_ROUNDINGS) * 2.0**-24  # relative to the product of norms
-        errors, self._largest = _norms(embedding, self._values, self._scales)
-        self._errors = errors.add_(sum_error * self._largest).mul_(1.0001)  # roundings of themselves
+        self._errors, self._largest = error_bounds(embedding, self._values, self._scales)
         self.num_bytes = self._values.nbytes + self._scales.nbytes + self._errors.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -101,12 +82,12 @@ def _check_shape(weight: Tensor) -> None:
         )
 
 
-def _norms(weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, float]:
-    """‖w − ŵ‖ of every row of the weight, [n] fp32, and the largest ‖ŵ‖."""
-    errors, largest = torch.empty_like(scales), 0.0
-    for start in range(0, len(weight), QUANTIZED_ROWS):
-        some = slice(start, start + QUANTIZED_ROWS)
-        restored = values[some, : weight.shape[1]] * scales[some, None]
-        errors[some] = (weight[some] - restored).norm(dim=1)
-        largest = max(largest, restored.norm(dim=1).max().item())
-    return errors, largest
+def error_bounds(weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, float]:
+    """How far entries may be off, relative to ‖x‖: by ‖w − ŵ‖ and by sums in fp32. And the largest ‖ŵ‖.
+
+    weight: [n, k]. values, scales: of quantize_weight. Returns [n] fp32, not finite where the weight is not.
+    """
+    errors, norms = quantization_errors(weight, values, scales)
+    largest = float(norms.max())
+    sum_error = (weight.shape[1] / LANES + SUM_ROUNDINGS) * 2.0**-24  # relative to the product of norms
+    return errors.add_(sum_error * largest).mul_(1.0001), largest * 1.0001  # roundings of themselves

@@ -158,8 +158,13 @@ class Runner(StepRunner):
         return token_logprobs(logits.float(), token_ids, count, cap, exact).rows()
 
     def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
+        if self.sampler.takes_largest(sampling, rows):
+            likeliest = self._model.likeliest(hidden)
+            if likeliest is not None:
+                return StepResult(likeliest.numpy().astype(np.int32), np.ones(len(sampling), np.bool_))
         logits = self.logits(hidden)
-        return self.sampler.sample(logits, sampling, rows, self._exact(hidden, logits))
+        exact, slack = self._exact(hidden, logits), self._model.slack(hidden)
+        return self.sampler.sample(logits, sampling, rows, exact, slack)
 
     def _exact(self, hidden: Tensor, logits: Tensor) -> ExactLogits | None:
         """What settles ties and gives reported values, if the logits are rounded."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.logprobs import ExactLogits, token_logprobs
+from cabochon.engine.logprobs import ExactLogits, Slack, token_logprobs
 from cabochon.engine.masks import grace_end_s, next_mask
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.plan import StepResult
@@ -57,20 +57,32 @@ class Sampler:
             torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
         )
 
+    def takes_largest(self, row_ids: NDArray[np.int32], rows: Rows) -> bool:
+        """Whether all that is wanted of these rows is the token with the largest logit."""
+        return all(
+            self._rows[row].params.logprobs is None and self._is_plain(row, rows) for row in row_ids.tolist()
+        )
+
     def sample(
-        self, logits: Tensor, row_ids: NDArray[np.int32], rows: Rows, exact: ExactLogits | None = None
+        self,
+        logits: Tensor,
+        row_ids: NDArray[np.int32],
+        rows: Rows,
+        exact: ExactLogits | None = None,
+        slack: Slack | None = None,
     ) -> StepResult:
         """logits: [R, V] not softcapped, of distinct rows row_ids [R]; those in fp32 are overwritten.
 
-        `exact` settles ties that a rounded dtype made.
+        `exact` settles ties that a rounded dtype made; slack: how much less than the largest a tie may be.
         """
-        found = find_largest(logits)
+        found = find_largest(logits, *(slack or ()))
         highest, token_ids = found[:2] if found else logits.max(-1)  # NaN wins, so it shows
         plain = [self._is_plain(int(row), rows) for row in row_ids]
         if exact is not None and any(plain):
-            num_tied = found.num_tied if found else (logits == highest[:, None]).sum(-1)
+            lowest = highest if slack is None else slack.below(highest)
+            num_tied = found.num_tied if found else (logits >= lowest[:, None]).sum(-1)
             tied = [i for i, num in enumerate(num_tied.tolist()) if plain[i] and num > 1]
-            self._settle_ties(logits, highest, token_ids, tied, exact)
+            self._settle_ties(logits, lowest, token_ids, tied, exact)
         chosen = token_ids.cpu().numpy().astype(np.int32)
         is_finite = highest.isfinite().cpu().numpy()
         wanted = [i for i, row in enumerate(row_ids.tolist()) if self._rows[row].params.logprobs is not None]
@@ -128,13 +140,13 @@ class Sampler:
         return bool(is_free) and not (params.has_penalties or params.logit_bias or params.grammar is not None)
 
     def _settle_ties(
-        self, logits: Tensor, highest: Tensor, token_ids: Tensor, tied: list[int], exact: ExactLogits
+        self, logits: Tensor, lowest: Tensor, token_ids: Tensor, tied: list[int], exact: ExactLogits
     ) -> None:
-        """Among tokens that share the rounded maximum, take the largest fp32 logit, then the lowest id."""
+        """Among tokens from `lowest` on, take the largest fp32 logit, then the lowest id."""
         if not tied:
             return
         indices = torch.tensor(tied, device=self._device)
-        row_of, ids = (logits[indices] == highest[indices, None]).nonzero(as_tuple=True)  # by row, ascending
+        row_of, ids = (logits[indices] >= lowest[indices, None]).nonzero(as_tuple=True)  # by row, ascending
         row_of = indices[row_of]
         values = exact(row_of, ids)
         for row in tied:

@@ -17,6 +17,7 @@ from cabochon.engine.adapters.adapter import LinearName
 from cabochon.engine.adapters.deltas import StepDeltas
 from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import AnyLinear, Fp8Linear, Linear, MakeLinear
+from cabochon.engine.logprobs import Slack
 from cabochon.engine.models.config import ModelConfig
 from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
 
@@ -169,6 +170,17 @@ class Gemma:
         # The head's own product before rounding, an fp8 head's too: ties are made by its values, and the
         # unquantized embedding would choose among them, and fill in log probabilities, by another model.
         return self._head.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))
+
+    def likeliest(self, hidden: Tensor) -> Tensor | None:
+        """The tokens of the largest logits, found without them. hidden: [R, E]. Returns [R] int64.
+
+        None if that cannot be had, or not for one of these rows: look at the logits then.
+        """
+        return None
+
+    def slack(self, hidden: Tensor) -> Slack | None:
+        """How far rounded logits may be from what `likeliest` compares; None: never mind. hidden: [R, E]."""
+        return None
 
     def _forward_layer(
         self,

@@ -1,7 +1,13 @@
 """The fused forward pass in C on the CPU. Products stay torch's: oneDNN knows every instruction for them."""
 
+from torch import Tensor
+
+from cabochon.engine.linear import Linear, MakeLinear
+from cabochon.engine.logprobs import Slack
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.fused import FusedGemma, FusedKernels
+from cabochon.engine.models.gemma import LoadTensor
+from cabochon.engine.screen import screen_of
 from cabochon.kernels.native.layers import (
     LANES,
     MAX_HEAD_DIM,
@@ -24,6 +30,33 @@ def can_run_native(config: ModelConfig) -> bool:
 class NativeGemma(FusedGemma):
     """For NativeAttention."""
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: LoadTensor,
+        max_model_len: int,
+        make_linear: MakeLinear = Linear,
+        make_head: MakeLinear | None = None,
+    ) -> None:
+        super().__init__(config, load, max_model_len, make_linear, make_head)
+        # In int8 the head finds the largest itself, and fp8 is another model's
+        self._screen = screen_of(self._embedding) if isinstance(self._head, Linear) else None
+
     @staticmethod
     def load_kernels() -> FusedKernels:
         return FusedKernels(embed_norm, rms_norm, qkv_rope_write, sandwich_norm, geglu)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + (self._screen.num_bytes if self._screen else 0)
+
+    def likeliest(self, hidden: Tensor) -> Tensor | None:
+        return self._screen(self.normed(hidden)) if self._screen else None
+
+    def slack(self, hidden: Tensor) -> Slack | None:
+        return self._screen.slack(self.normed(hidden)) if self._screen else None
+
+    def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        if self._screen is None:
+            return super().exact_logits(hidden, token_ids)
+        return self._screen.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))

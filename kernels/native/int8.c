@@ -204,12 +204,6 @@ struct settle {
   int K;
 };
 
-INLINE float dot(const void *x, const void *w, int K, const int is_fp32) {
-  vfloat sum = {0};
-  for (int i = 0; i < K; i += LANES) sum = sum + load(x, i, is_fp32) * load(w, i, is_fp32);
-  return sum_lanes(sum);
-}
-
 /* Compute again, from the embedding, what could be the largest of its row. */
 INLINE void settle_unit(const struct settle *a, int unit, const int is_fp32) {
   const struct product *p = a->product;

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cabochon.kernels.native.layers import LANES
 from cabochon.kernels.native.library import check, check_floats, describe, function, how
+from cabochon.kernels.native.quantize import PAIRS
 
-PAIRS = 32  # of the C source: rows of values are multiples
 FEWEST = 4  # rows of a weight
 LARGEST = 32_512.0  # of x's values: 512 products by 127 fit an int32
 SEGMENT = 8192  # of a row, between sums of integers in fp32

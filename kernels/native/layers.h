@@ -35,6 +35,13 @@ INLINE void store(void *base, int64_t index, vfloat x, const int is_fp32) {
     store_bf16((void *)at(base, index, 0), x);
 }
 
+/* n a multiple of LANES. */
+INLINE float dot(const void *x, const void *w, int n, const int is_fp32) {
+  vfloat sum = {0};
+  for (int i = 0; i < n; i += LANES) sum = sum + load(x, i, is_fp32) * load(w, i, is_fp32);
+  return sum_lanes(sum);
+}
+
 INLINE vfloat rounded(vfloat x, const int is_fp32) { return is_fp32 ? x : round_bf16(x); }
 
 /* (mean(x^2) + eps)^-1/2 of n elements, n a multiple of LANES. */

@@ -58,6 +58,8 @@ typedef struct {
   const char *logits;
   int64_t row_bytes;
   int vocab_size, is_fp32;
+  const float *slack; /* or NULL */
+  float relative_slack;
   float *highest;
   int64_t *token_ids;
   int32_t *num_tied;
@@ -71,20 +73,21 @@ static inline void largest_row(const Largest *g, int row, int is_fp32) {
     vfloat x = load_or_inf(logits, is_fp32, i, g->vocab_size);
     best = choose(x > best, x, best);
   }
-  float highest = max_lanes(best);
+  float highest = max_lanes(best), floor = highest;
+  if (g->slack) floor = highest - (g->slack[row] + g->relative_slack * __builtin_fabsf(highest));
   int64_t token_id = -1;
   int num_tied = 0, is_nan = 0;
   for (int group = 0; group < g->vocab_size; group += GROUP * LANES) {
     vint found = {0};
     for (int i = group; i < group + GROUP * LANES && i < g->vocab_size; i += LANES)
-      found |= ~(load_or_inf(logits, is_fp32, i, g->vocab_size) < highest);
+      found |= ~(load_or_inf(logits, is_fp32, i, g->vocab_size) < floor);
     if (!any(found)) continue;
     for (int i = group; i < group + GROUP * LANES && i < g->vocab_size; i += LANES) {
       vfloat x = load_or_inf(logits, is_fp32, i, g->vocab_size);
       for (int lane = 0; lane < LANES && i + lane < g->vocab_size && !is_nan; lane++) {
-        if (x[lane] < highest) continue;
+        if (x[lane] < floor) continue;
         is_nan = x[lane] != x[lane];
-        if (is_nan || token_id < 0) token_id = i + lane;
+        if (is_nan || (token_id < 0 && x[lane] == highest)) token_id = i + lane;
         num_tied++;
       }
     }
@@ -102,10 +105,12 @@ static void largest_unit(void *arguments, int row) {
 }
 
 /* logits: [R, V] bf16 or fp32, rows row_bytes apart, V > 0. Writes of each row [R] the largest logit, its lowest id
-   and how many share it; NaN is the largest, and then shares with none. */
+   and how many share it, or are less by at most slack + relative_slack * |largest|; slack: [R], or NULL for none. NaN
+   is the largest, and then shares with none. */
 EXPORT void cabochon_find_largest(const void *logits, int64_t row_bytes, int vocab_size, int is_fp32, int num_rows,
-                                  float *highest, int64_t *token_ids, int32_t *num_tied, int num_threads) {
-  Largest g = {logits, row_bytes, vocab_size, is_fp32, highest, token_ids, num_tied};
+                                  const float *slack, float relative_slack, float *highest, int64_t *token_ids,
+                                  int32_t *num_tied, int num_threads) {
+  Largest g = {logits, row_bytes, vocab_size, is_fp32, slack, relative_slack, highest, token_ids, num_tied};
   for_each(largest_unit, &g, num_rows, num_threads);
 }
 

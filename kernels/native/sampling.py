@@ -15,24 +15,28 @@ CAPACITY = 64  # of the C source
 
 
 class Largest(NamedTuple):
-    """highest: [R]. token_ids: [R] int64, the lowest id with it. num_tied: [R] int32, how many have it."""
+    """highest: [R]. token_ids: [R] int64, the lowest id with it. num_tied: [R] int32, how many have it, or
+    are within the slack."""
 
     highest: Tensor
     token_ids: Tensor
     num_tied: Tensor
 
 
-def find_largest(logits: Tensor) -> Largest | None:
-    """logits: [R, V]. What logits.max(-1) finds, for which NaN is the largest, and its ties (none of NaN)."""
+def find_largest(logits: Tensor, slack: Tensor | None = None, relative_slack: float = 0.0) -> Largest | None:
+    """What logits.max(-1) finds, for which NaN is the largest, and its ties (none of NaN).
+
+    logits: [R, V]. slack: [R] fp32; by that, and relative_slack · |highest|, what counts as tied may be less.
+    """
     if not _can_read(logits):
         return None
     num_rows = len(logits)
     highest = torch.empty(num_rows, dtype=torch.float32)
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     num_tied = torch.empty(num_rows, dtype=torch.int32)
-    function("cabochon_find_largest", "pliiipppi")(
-        *_described(logits), num_rows, highest.data_ptr(), token_ids.data_ptr(), num_tied.data_ptr(),
-        torch.get_num_threads(),
+    function("cabochon_find_largest", "pliiipfpppi")(
+        *_described(logits), num_rows, None if slack is None else slack.data_ptr(), relative_slack,
+        highest.data_ptr(), token_ids.data_ptr(), num_tied.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return Largest(highest.to(logits.dtype), token_ids, num_tied)
 

@@ -11,8 +11,9 @@ from tools import absent
 from torch import Tensor
 
 from cabochon.engine.errors import ConfigError
-from cabochon.engine.int8_linear import Int8Head, Int8Linear, quantize_weight
+from cabochon.engine.int8_linear import Int8Head, Int8Linear
 from cabochon.kernels.native.library import library
+from cabochon.kernels.native.quantize import quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cabochon.engine.attention import AttentionInputs, TorchAttention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.llm import LLM
-from cabochon.engine.logprobs import ExactLogits
+from cabochon.engine.logprobs import ExactLogits, Slack
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan, StepResult
@@ -56,6 +57,9 @@ class EchoModel:
         self.num_logits.append(len(hidden))
         return hidden
 
+    def slack(self, _: Tensor) -> None:
+        return None
+
 
 class EchoSampler:
     """The token of a row is its position; NaN rows are not finite."""
@@ -63,9 +67,14 @@ class EchoSampler:
     def prompt_logprobs(self, _: int) -> None:
         return None
 
-    def sample(self, logits: Tensor, row_ids: np.ndarray, _: Rows, exact: ExactLogits | None) -> StepResult:
+    def takes_largest(self, row_ids: np.ndarray, _: Rows) -> bool:
+        return False
+
+    def sample(
+        self, logits: Tensor, row_ids: np.ndarray, _: Rows, exact: ExactLogits | None, slack: Slack | None
+    ) -> StepResult:
         assert len(logits) == len(row_ids)
-        assert exact is None, "fp32 logits have no ties of rounding"
+        assert exact is slack is None, "fp32 logits have no ties of rounding"
         return StepResult(logits[:, 1].numpy().astype(np.int32), ~logits[:, 0].isnan().numpy())
 
 
@@ -221,11 +230,11 @@ def test_exact_logits_are_offered_where_logits_are_rounded(
     offered: list[ExactLogits | None] = []
     sample = Sampler.sample
 
-    def spy(self: Sampler, logits: Tensor, row_ids: np.ndarray, rows: Rows, exact: ExactLogits) -> StepResult:
-        offered.append(exact)
-        return sample(self, logits, row_ids, rows, exact)
+    def spy(self: Sampler, *args: Any) -> StepResult:
+        offered.append(args[3])
+        return sample(self, *args)
 
     monkeypatch.setattr(Sampler, "sample", spy)
-    llm.generate([[9, 10]], SamplingParams(temperature=0, max_tokens=2))
+    llm.generate([[9, 10]], SamplingParams(seed=1, max_tokens=2))
     assert [exact is not None for exact in offered] == [is_asked] * len(offered)
     assert offered

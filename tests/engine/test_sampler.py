@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from cabochon.engine.logprobs import Slack
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
@@ -32,9 +33,9 @@ class Bench:
             self.sampler.set_row(request)
             self.row_ids.append(request.row)
 
-    def sample(self, logits: torch.Tensor, exact: object = None) -> list[int]:
+    def sample(self, logits: torch.Tensor, exact: object = None, slack: Slack | None = None) -> list[int]:
         return self.sampler.sample(
-            logits.clone(), np.array(self.row_ids, np.int32), self.rows, exact
+            logits.clone(), np.array(self.row_ids, np.int32), self.rows, exact, slack
         ).token_ids.tolist()
 
 
@@ -84,6 +85,22 @@ def test_ties_of_bf16_are_settled_in_fp32() -> None:
     logits = logits_of({1: 5.0}, {3: 2.0, 8: 2.0, 9: 2.0}, dtype=torch.bfloat16)
     assert bench.sample(logits, exact) == [1, 8]
     assert asked == [([1, 1, 1], [3, 8, 9])]
+
+
+def test_what_is_within_the_slack_is_settled_too() -> None:
+    exact_of = {3: 2.0, 8: 2.004, 9: 2.1, 11: 1.0}
+
+    def exact(_: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([exact_of[i] for i in ids.tolist()])
+
+    def chosen(absolute: float, relative: float) -> list[int]:
+        logits = logits_of({3: 2.0, 8: 1.9921875, 9: 1.5, 11: 1.0}, dtype=torch.bfloat16)
+        return Bench(GREEDY).sample(logits, exact, Slack(torch.tensor([absolute]), relative))
+
+    assert chosen(0.0, 0.0) == [3]
+    assert chosen(0.01, 0.0) == [8]
+    assert chosen(0.0, 0.004) == [8]
+    assert chosen(0.25, 0.125) == [9]
 
 
 def test_bias_and_penalties_come_after_the_cap() -> None:

@@ -5,8 +5,9 @@ import torch
 from guarded import SENTINEL
 from torch import Tensor
 
-from cabochon.engine.int8_linear import Int8Head, quantize_weight
+from cabochon.engine.int8_linear import Int8Head
 from cabochon.kernels.native.int8 import int8_head, int8_linear, int8_linear_reference
+from cabochon.kernels.native.quantize import quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = [pytest.mark.usefixtures("build"), pytest.mark.parametrize("dtype", DTYPES, ids=str)]

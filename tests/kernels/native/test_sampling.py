@@ -116,3 +116,15 @@ def test_greedy_is_torchs_max(vocab: int, dtype: torch.dtype) -> None:
     assert found.token_ids.tolist() == token_ids.tolist()
     ties = (logits == highest[:, None]).sum(-1)
     assert found.num_tied.tolist() == torch.where(highest.isnan(), 1, ties).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_may_be_less_by_a_slack(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1.0, -8.0, 7.5, 8.0, 7.0], [-8.0, -9.0, -8.5, -8.0, -20.0]] * 40).T.repeat(1, 3)
+    logits = logits.T.contiguous().to(dtype)
+    for absolute, relative, ties in ((0.0, 0.0, (1, 2)), (0.5, 0.0, (2, 3)), (0.0, 0.0625, (2, 3))):
+        found = find_largest(logits, torch.full((len(logits),), absolute), relative)
+        assert found is not None
+        assert found.highest.tolist() == [8.0, -8.0] * (len(logits) // 2)
+        assert found.token_ids.tolist() == [3, 0] * (len(logits) // 2)
+        assert found.num_tied.tolist() == [*ties] * (len(logits) // 2)

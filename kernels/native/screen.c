@@ -1,0 +1,317 @@
+/* Which token has the largest logit: kernels/native/screen.py says what and why that is exact.
+
+   Sixteen tokens of the vocabulary lie side by side, four elements of each together: a vector of 64 bytes, which
+   one VNNI instruction multiplies by four elements of x and adds to sixteen sums. A row's elements may be larger than
+   a byte: their vector is then multiplied again by what is left of them, as often as any row of the block needs. */
+#include <float.h>
+#include <stdlib.h>
+
+#include "layers.h"
+#include "threads.h"
+
+#define FOUR 4            /* elements that a vector has of each token */
+#define ROWS 16           /* of x in a block: as many sums stay in registers */
+#define GROUPS 16         /* of LANES tokens in a unit of work: they stay in the cache for all blocks */
+#define CAPACITY 8192     /* candidates of a row */
+#define MOST_REPEATS 16   /* of a vector */
+#define LARGEST 127
+#define OFFSET 128        /* of the weight's bytes, which that instruction takes without a sign */
+#define TINY 1e-30f       /* the least limit: 127 by it is finite */
+#define STANDING_OUT 4    /* elements of a row that may be larger than LARGEST */
+
+struct block {            /* rows of x, whose vectors are multiplied in order */
+  int num_rows, num_entries;
+  int32_t *parts;         /* [num_entries, ROWS], four bytes each */
+  int16_t *of;            /* [num_entries], which vector */
+};
+
+struct screen {
+  const void *x;          /* [T, K] */
+  const uint8_t *weight;  /* [N' / LANES, K / FOUR, LANES, FOUR] */
+  const float *scales;    /* [N'] */
+  const float *errors;    /* [N'], NaN past N */
+  const void *embedding;  /* [N, K] */
+  float largest;          /* of the weight's norms */
+  int T, K, num_groups, is_fp32;
+  struct block *blocks;
+  int32_t *values;        /* [T, K]: x in whole multiples of its scale */
+  float *x_scales;        /* [T] */
+  int32_t *sums;          /* [T], of values, times OFFSET */
+  float *norms, *spread;  /* [T]: of x; of what its rounding has changed, times the largest norm of the weight */
+  uint32_t *bounds;       /* [T] floats: the largest lower bound so far */
+  int *counts;            /* [T], of candidates, those beyond CAPACITY too */
+  int32_t *token_ids;     /* [T, CAPACITY] */
+  float *highest;         /* [T, CAPACITY]: upper bounds */
+  int64_t *chosen;        /* [T] */
+};
+
+/* Whole multiples of a scale, by which all but STANDING_OUT elements are at most LARGEST. */
+INLINE void round_row(struct screen *s, int row, const int is_fp32) {
+  const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
+  int32_t *to = s->values + (int64_t)row * s->K;
+  float top[STANDING_OUT + 1] = {0}; /* descending */
+  vfloat squares = {0};
+  for (int i = 0; i < s->K; i += LANES) {
+    vfloat v = load(x, i, is_fp32);
+    squares = squares + v * v;
+    vfloat size = (vfloat)((vint)v & 0x7FFFFFFF);
+    if (max_lanes(size) <= top[STANDING_OUT]) continue;
+    for (int lane = 0; lane < LANES; lane++)
+      for (int place = 0; place <= STANDING_OUT; place++)
+        if (size[lane] > top[place]) {
+          for (int below = STANDING_OUT; below > place; below--) top[below] = top[below - 1];
+          top[place] = size[lane];
+          break;
+        }
+  }
+  const float norm = __builtin_sqrtf(sum_lanes(squares)) * 1.0001f;
+  const int is_finite = norm < __builtin_inff(); /* not NaN either */
+  float limit = top[STANDING_OUT] > top[0] / MOST_REPEATS ? top[STANDING_OUT] : top[0] / MOST_REPEATS;
+  limit = limit > TINY && is_finite ? limit : TINY;
+  const float scale = limit / LARGEST, inverse = LARGEST / limit;
+  vfloat rest = {0};
+  vint sum = {0};
+  for (int i = 0; i < s->K; i += LANES) {
+    const vfloat magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    vfloat v = is_finite ? load(x, i, is_fp32) : splat(0.0f);
+    vfloat whole = (v * splat(inverse) + magic) - magic;
+    vint values = __builtin_convertvector(whole, vint);
+    memcpy(to + i, &values, sizeof values);
+    sum += values;
+    vfloat changed = v - whole * splat(scale);
+    rest = rest + changed * changed;
+  }
+  int32_t total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  s->x_scales[row] = scale;
+  s->sums[row] = total * OFFSET;
+  s->norms[row] = is_finite ? norm : __builtin_nanf("");
+  s->spread[row] = (__builtin_sqrtf(sum_lanes(rest)) * 1.0001f + norm * 0x1p-21f) * s->largest;
+}
+
+static void round_unit(void *arguments, int row) {
+  struct screen *s = arguments;
+  if (s->is_fp32) round_row(s, row, 1);
+  else round_row(s, row, 0);
+}
+
+static int repeats_of(int32_t value) {
+  const int size = value < 0 ? -value : value;
+  return size <= LARGEST ? 1 : (size + LARGEST - 1) / LARGEST;
+}
+
+/* What is left of a value after some repeats, as far as a byte holds it. */
+static int32_t part_of(int32_t value, int repeat) {
+  const int32_t left = value < 0 ? value + repeat * LARGEST : value - repeat * LARGEST;
+  if (value < 0) return left > 0 ? 0 : left < -LARGEST ? -LARGEST : left;
+  return left < 0 ? 0 : left > LARGEST ? LARGEST : left;
+}
+
+/* The order of products of the rows from block * ROWS on. */
+static void order_unit(void *arguments, int index) {
+  struct screen *s = arguments;
+  struct block *b = s->blocks + index;
+  const int first = index * ROWS;
+  b->num_rows = s->T - first < ROWS ? s->T - first : ROWS;
+  b->num_entries = 0;
+  for (int vector = 0; vector < s->K / FOUR; vector++) {
+    int repeats = 1;
+    for (int r = 0; r < b->num_rows; r++)
+      for (int i = 0; i < FOUR; i++) {
+        const int own = repeats_of(s->values[(int64_t)(first + r) * s->K + vector * FOUR + i]);
+        repeats = own > repeats ? own : repeats;
+      }
+    for (int repeat = 0; repeat < repeats; repeat++, b->num_entries++) {
+      b->of[b->num_entries] = vector;
+      for (int r = 0; r < ROWS; r++) {
+        uint32_t four = 0;
+        for (int i = 0; i < FOUR && r < b->num_rows; i++)
+          four |= (uint32_t)(uint8_t)part_of(s->values[(int64_t)(first + r) * s->K + vector * FOUR + i], repeat) << 8 * i;
+        b->parts[b->num_entries * ROWS + r] = (int32_t)four;
+      }
+    }
+  }
+}
+
+/* sums + the products of four neighbours: bytes without a sign by bytes with one. */
+INLINE vint add_fours(vint sums, vint weights, int32_t four) {
+#if defined(__AVX512VNNI__)
+  return (vint)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(four));
+#else
+  const vuint bytes = (vuint)weights;
+  for (int i = 0; i < FOUR; i++)
+    sums += (vint)((bytes >> 8 * i) & 255u) * (int32_t)(int8_t)(uint8_t)((uint32_t)four >> 8 * i);
+  return sums;
+#endif
+}
+
+INLINE float as_float(uint32_t bits) {
+  float x;
+  return memcpy(&x, &bits, 4), x;
+}
+
+static void raise_bound(uint32_t *bound, float to) {
+  uint32_t old = __atomic_load_n(bound, __ATOMIC_RELAXED), bits;
+  memcpy(&bits, &to, 4);
+  while (to > as_float(old))
+    if (__atomic_compare_exchange_n(bound, &old, bits, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
+}
+
+INLINE int any(vint mask) {
+  uint64_t parts[sizeof mask / 8], all = 0;
+  memcpy(parts, &mask, sizeof parts);
+  for (unsigned i = 0; i < sizeof parts / sizeof *parts; i++) all |= parts[i];
+  return all != 0;
+}
+
+/* Rare. Which tokens may still win, and whether the bound rises by them. */
+static void enter(struct screen *s, int row, int token, vfloat low, vfloat high) {
+  float bound = as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED));
+  for (int lane = 0; lane < LANES; lane++) bound = low[lane] > bound ? low[lane] : bound;
+  raise_bound(s->bounds + row, bound);
+  for (int lane = 0; lane < LANES; lane++) {
+    if (!(high[lane] >= bound)) continue; /* NaN, past the last token */
+    const int place = __atomic_fetch_add(s->counts + row, 1, __ATOMIC_RELAXED);
+    if (place >= CAPACITY) return;
+    s->token_ids[(int64_t)row * CAPACITY + place] = token + lane;
+    s->highest[(int64_t)row * CAPACITY + place] = high[lane];
+  }
+}
+
+/* R rows from first on, of which num_rows exist, with C groups of tokens. */
+INLINE void multiply(struct screen *s, const struct block *b, int first, int group, const int R, const int C) {
+  const int vectors = s->K / FOUR;
+  const uint8_t *weight = s->weight + (int64_t)group * vectors * 64;
+  vint sums[ROWS][4];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sums[r][c] = (vint){0};
+  for (int entry = 0; entry < b->num_entries; entry++) {
+    const int32_t *parts = b->parts + entry * ROWS;
+    vint weights[4];
+    for (int c = 0; c < C; c++) memcpy(&weights[c], weight + ((int64_t)c * vectors + b->of[entry]) * 64, 64);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) sums[r][c] = add_fours(sums[r][c], weights[c], parts[r]);
+  }
+  for (int r = 0; r < R && r < b->num_rows; r++) {
+    const int row = first + r;
+    for (int c = 0; c < C; c++) {
+      const int token = (group + c) * LANES;
+      const vfloat scale = load_fp32(s->scales + token) * splat(s->x_scales[row]);
+      const vfloat margin = load_fp32(s->errors + token) * splat(s->norms[row]) + splat(s->spread[row]);
+      const vfloat value = __builtin_convertvector(sums[r][c] - s->sums[row], vfloat) * scale;
+      const vfloat high = value + margin;
+      if (any(high >= splat(as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED)))))
+        enter(s, row, token, value - margin, high);
+    }
+  }
+}
+
+static void multiply_unit(void *arguments, int unit) {
+  struct screen *s = arguments;
+  const int begin = unit * GROUPS, end = begin + GROUPS < s->num_groups ? begin + GROUPS : s->num_groups;
+  for (int index = 0; index * ROWS < s->T; index++) {
+    const struct block *b = s->blocks + index;
+    const int first = index * ROWS, rows = b->num_rows;
+    for (int group = begin; group < end; group += 4) { /* num_groups is a multiple of 4 */
+      if (rows == 1) multiply(s, b, first, group, 1, 4);
+      else if (rows == 2) multiply(s, b, first, group, 2, 4);
+      else if (rows <= 4) multiply(s, b, first, group, 4, 4);
+      else if (rows <= 8)
+        for (int c = 0; c < 4; c += 2) multiply(s, b, first, group + c, 8, 2);
+      else
+        for (int c = 0; c < 4; c++) multiply(s, b, first, group + c, ROWS, 1);
+    }
+  }
+}
+
+/* Among the candidates, the largest product of the embedding; the lowest token of those that share it. */
+INLINE void settle_row(struct screen *s, int row, const int is_fp32) {
+  const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
+  const int count = s->counts[row];
+  const float bound = as_float(s->bounds[row]);
+  float best = 0;
+  int64_t token = -1;
+  for (int i = 0; i < count && count <= CAPACITY; i++) {
+    const int32_t id = s->token_ids[(int64_t)row * CAPACITY + i];
+    if (s->highest[(int64_t)row * CAPACITY + i] < bound) continue;
+    const float logit = dot(x, at(s->embedding, (int64_t)id * s->K, is_fp32), s->K, is_fp32);
+    if (token < 0 || logit > best || (logit == best && id < token)) best = logit, token = id;
+  }
+  s->chosen[row] = token;
+}
+
+static void settle_unit(void *arguments, int row) {
+  struct screen *s = arguments;
+  if (s->is_fp32) settle_row(s, row, 1);
+  else settle_row(s, row, 0);
+}
+
+/* Whether this library has the instruction that makes it worth while. */
+EXPORT int cabochon_can_screen(void) {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+/* x: [T, K], K a multiple of LANES, at most 2^17. weight: the bytes of screen.pack, N' tokens, N' a multiple of 64;
+   scales, errors: [N'], NaN errors past N. embedding: [N, K]. Writes chosen: [T], -1 where too many were left to be
+   told apart here, or the row is not finite. Returns 0, or -1 without memory. */
+EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *scales, const float *errors, float largest,
+                           const void *embedding, int64_t *chosen, int T, int N, int K, int is_fp32, int num_threads) {
+  const int num_blocks = (T + ROWS - 1) / ROWS, most = K / FOUR * MOST_REPEATS;
+  const size_t rows = T, entries = (size_t)num_blocks * most;
+  char *memory = malloc(rows * ((size_t)K * 4 + 6 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
+                        num_blocks * sizeof(struct block));
+  if (!memory) return -1;
+  struct screen s = {x, weight, scales, errors, embedding, largest, T, K, N / LANES, is_fp32};
+  char *next = memory;
+  s.blocks = (struct block *)next, next += num_blocks * sizeof(struct block);
+  s.values = (int32_t *)next, next += rows * K * 4;
+  s.x_scales = (float *)next, next += rows * 4;
+  s.sums = (int32_t *)next, next += rows * 4;
+  s.norms = (float *)next, next += rows * 4;
+  s.spread = (float *)next, next += rows * 4;
+  s.bounds = (uint32_t *)next, next += rows * 4;
+  s.counts = (int *)next, next += rows * 4;
+  s.token_ids = (int32_t *)next, next += rows * CAPACITY * 4;
+  s.highest = (float *)next, next += rows * CAPACITY * 4;
+  s.chosen = chosen;
+  int32_t *parts = (int32_t *)next;
+  int16_t *of = (int16_t *)(next + entries * ROWS * 4);
+  for (int i = 0; i < num_blocks; i++) {
+    s.blocks[i].parts = parts + (int64_t)i * most * ROWS;
+    s.blocks[i].of = of + (int64_t)i * most;
+  }
+  const float lowest = -FLT_MAX;
+  for (int row = 0; row < T; row++) {
+    memcpy(s.bounds + row, &lowest, 4);
+    s.counts[row] = 0;
+  }
+  for_each(round_unit, &s, T, T < 8 ? 1 : num_threads);
+  for_each(order_unit, &s, num_blocks, num_threads);
+  for_each(multiply_unit, &s, (s.num_groups + GROUPS - 1) / GROUPS, num_threads);
+  for_each(settle_unit, &s, T, num_threads);
+  free(memory);
+  return 0;
+}
+
+struct entries {
+  const void *x, *weight;
+  float *out;
+  int K, is_fp32;
+};
+
+static void entry_unit(void *arguments, int i) {
+  const struct entries *e = arguments;
+  const int64_t from = (int64_t)i * e->K;
+  e->out[i] = e->is_fp32 ? dot(at(e->x, from, 1), at(e->weight, from, 1), e->K, 1)
+                         : dot(at(e->x, from, 0), at(e->weight, from, 0), e->K, 0);
+}
+
+/* Single entries of a product, by the sums of cabochon_screen. x, weight: [C, K]. out: [C]. */
+EXPORT void cabochon_entries(const void *x, const void *weight, float *out, int C, int K, int is_fp32, int num_threads) {
+  struct entries e = {x, weight, out, K, is_fp32};
+  for_each(entry_unit, &e, C, C < 64 ? 1 : num_threads);
+}

@@ -1,0 +1,152 @@
+"""The likeliest token by a screen in 8 bits: in every library the one that all exact products show."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cabochon.engine.int8_linear import error_bounds
+from cabochon.kernels.native.quantize import pack, quantize_weight
+from cabochon.kernels.native.screen import TOKENS, can_screen, entries, screen
+
+DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("build")
+
+
+def random(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def screened(x: Tensor, embedding: Tensor) -> list[int]:
+    N, K = embedding.shape
+    values, scales = quantize_weight(embedding)
+    errors, largest = error_bounds(embedding, values, scales)
+    past = -N % TOKENS
+    padded = torch.nn.functional.pad(errors, (0, past), value=torch.nan)
+    packed = pack(values, K, N + past)
+    chosen = screen(x, packed, torch.nn.functional.pad(scales, (0, past)), padded, largest, embedding)
+    return chosen.tolist()
+
+
+def likeliest(x: Tensor, embedding: Tensor) -> list[int]:
+    """By the sums that the screen compares, of every token."""
+    N = len(embedding)
+    products = entries(x.repeat_interleave(N, dim=0), embedding.repeat(len(x), 1)).view(-1, N)
+    return [int((row == row.max()).nonzero()[0, 0]) for row in products]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 35])
+@pytest.mark.parametrize(("N", "K"), [(1, 16), (63, 32), (64, 48), (1031, 640)])
+def test_the_winner_is_that_of_all_products(T: int, N: int, K: int, dtype: torch.dtype) -> None:
+    embedding, x = random(N, K, dtype), random(T, K, dtype, seed=1)
+    assert screened(x, embedding) == likeliest(x, embedding)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([1, 50, 1031]),
+    columns=st.sampled_from([16, 64, 336]),
+    sizes=st.sampled_from([0.0, 0.5, 2.0]),
+    standing_out=st.sampled_from([0, 1, 4, 5, 16]),
+    near=st.sampled_from([None, 1e-1, 1e-2, 1e-4]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_no_winner_is_missed(
+    seed: int,
+    vocab: int,
+    columns: int,
+    sizes: float,
+    standing_out: int,
+    near: float | None,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    columns_of_x = torch.exp(sizes * torch.randn(columns, generator=generator))
+    x = torch.randn((6, columns), generator=generator) * columns_of_x
+    x[:, :standing_out] *= 10.0 ** torch.randint(0, 5, (6, 1), generator=generator)
+    embedding = torch.randn((vocab, columns), generator=generator)
+    embedding *= torch.exp(sizes * torch.randn((vocab, 1), generator=generator))
+    if near is not None:  # all of them nearly the same
+        embedding = embedding[:1] + near * embedding
+    x, embedding = x.to(dtype), embedding.to(dtype)
+    assert screened(x, embedding) == likeliest(x, embedding)
+
+
+def test_of_equal_tokens_the_first_wins() -> None:
+    embedding, x = random(300, 64), random(20, 64, seed=1)
+    for row, best in enumerate(likeliest(x, embedding)):
+        embedding[[7 + row, 290 - row]] = embedding[best].clone()
+    found = screened(x, embedding)
+    assert found == likeliest(x, embedding)
+    products = x.double() @ embedding.double().T
+    assert all((products[row] == products[row, best]).sum() >= 2 for row, best in enumerate(found))
+
+
+def test_rows_that_cannot_be_told_are_named_and_no_others() -> None:
+    embedding, x = random(9000, 64), random(24, 64, seed=1)
+    expected = likeliest(x, embedding)
+    x[1] = 0
+    x[3, 5], x[17, 0], x[23, 63] = torch.nan, torch.inf, -torch.inf
+    for row in (1, 3, 17, 23):
+        expected[row] = -1
+    assert screened(x, embedding) == expected
+    assert screened(x[:2], embedding[:1].repeat(9000, 1)) == [-1, -1], "too many candidates"
+
+
+def test_a_row_has_its_token_in_every_batch_and_by_any_thread() -> None:
+    embedding, x = random(5000, 96), random(40, 96, seed=1)
+    x *= (10.0 ** torch.arange(-10, 10, 0.5)).to(x.dtype)[:, None]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        whole = screened(x, embedding)
+        torch.set_num_threads(1)
+        assert screened(x, embedding) == whole
+    finally:
+        torch.set_num_threads(threads)
+    for rows in (1, 2, 3, 7, 16):
+        for start in (0, 9, 40 - rows):
+            assert screened(x[start : start + rows], embedding) == whole[start : start + rows]
+
+
+def test_sums_of_the_largest_values_do_not_overflow() -> None:
+    embedding, x = torch.ones(70, 20_000), torch.ones(3, 20_000)
+    embedding[50] = 1.5
+    x[1] = -1
+    x[2, :4] = 1e6
+    embedding[1] = 0.5
+    assert screened(x, embedding) == [50, 1, 50]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_are_exact_and_each_by_itself(dtype: torch.dtype) -> None:
+    x, weight = random(131, 640, dtype), random(131, 640, dtype, seed=1)
+    found = entries(x, weight)
+    truth = (x.double() * weight.double()).sum(-1)
+    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=0)
+    assert torch.equal(entries(x[7:8], weight[7:8]), found[7:8])
+
+
+def test_only_vnni_makes_it_worth_while(build: str) -> None:
+    assert can_screen() == (build == "_v4_vnni")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed, vector = torch.zeros((64, 32), dtype=torch.uint8), torch.zeros(64)
+    x, embedding = random(2, 32), random(50, 32)
+    screen(x, packed, vector, vector, 1.0, embedding)
+    for wrong in (
+        (x[:, :16].contiguous(), packed, vector, vector, 1.0, embedding),
+        (x, packed.view(torch.int8), vector, vector, 1.0, embedding),
+        (x, packed, vector[:50], vector, 1.0, embedding),
+        (x, packed, vector, vector.double(), 1.0, embedding),
+        (x, packed, vector, vector, 1.0, random(65, 32)),
+        (x.float(), packed, vector, vector, 1.0, embedding),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            screen(*wrong)
+    with pytest.raises(ValueError, match="must"):
+        entries(x, embedding)
