@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from peers_plot import peers
 from plot_style import (
     BLUE,
     FAINT,
@@ -247,6 +248,7 @@ def host_share(rows: Sequence[Row]) -> Figure | None:
 
 DRAWN = {
     "rounds": arms,
+    "peers": peers,
     "throughput-latency": throughput_latency,
     "ttft": ttft_distributions,
     "timeline": timeline,

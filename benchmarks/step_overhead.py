@@ -1,26 +1,31 @@
 """What a decode step costs the host: scheduling, what the device needs to know, results. Without a device.
 
-Thread CPU time per step of the real scheduler, pages, rows and device runner over Gemma 2's two layer groups;
-the stream drops the work and every token is made up. One row of JSON per number of running requests.
+    python benchmarks/step_overhead.py --running 1 64 256 512 --steps 5000 --churn 8 --out FILE
+
+Time of the thread's CPU, and of the wall, per step of the real scheduler, pages, rows and device runner over
+Gemma 2's two layer groups; the stream drops the work and every token is made up. --churn N: every N steps a
+request ends by its EOS and another, with a prompt of its own length, takes its place; else
+nobody comes or goes.
 """
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from machine import emit, environment
 
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.core import EngineCore
 from cabochon.engine.device_runner import DeviceRunner
 from cabochon.engine.hashing import PageHasher
 from cabochon.engine.kv_cache import KVCache
-from cabochon.engine.messages import GenerateRequest
+from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.plan import StepResult
 from cabochon.engine.rows import Rows
@@ -32,6 +37,7 @@ PAGE_TOKENS = 16
 WINDOWS = (4096, None)
 CONTEXT = 8192
 VOCAB = 256_000
+EOS = 1
 
 
 class DroppingStream(CpuStream):
@@ -42,24 +48,38 @@ class DroppingStream(CpuStream):
 
 
 class HostOnlyRunner(DeviceRunner):
-    """Results are made up where the device's would be read."""
+    """Results are made up where the device's would be read: EOS for one row every `churn` steps."""
+
+    churn = 0
+    num_results = 0
 
     def _result_of(self, step: Any, wait: Callable[[], None]) -> Callable[[], StepResult]:
         finish = super()._result_of(step, wait)
 
         def made_up() -> StepResult:
             step.tokens = torch.full((len(step.sampling),), 7, dtype=torch.int32)
+            self.num_results += 1
+            if self.churn and self.num_results % self.churn == 0:
+                step.tokens[self.num_results // self.churn % len(step.tokens)] = EOS
             return finish()
 
         return made_up
 
 
-def core_of(num_running: int) -> EngineCore:
-    """An engine whose graphs are never replayed."""
+def request_of(index: int) -> GenerateRequest:
+    """No two have a prefix in common."""
+    rng = np.random.default_rng(index)
+    ids = rng.integers(6, VOCAB, rng.integers(800, 1032)).tolist()
+    params = SamplingParams(max_tokens=CONTEXT - 1032, temperature=0)
+    return GenerateRequest(request_id=f"{index}", prompt_ids=ids, params=params)
+
+
+def core_of(num_running: int) -> tuple[EngineCore, HostOnlyRunner]:
+    """An engine with that many decodes, whose graphs are never replayed."""
     rows = Rows(max_seqs=num_running, max_model_len=CONTEXT, num_groups=len(WINDOWS), page_tokens=PAGE_TOKENS)
-    cache = KVCache(rows, PagePool(num_running * 2 * 200), PageHasher(b"key"), WINDOWS)
+    cache = KVCache(rows, PagePool(num_running * 2 * CONTEXT // PAGE_TOKENS), PageHasher(b"key"), WINDOWS)
     scheduler = Scheduler(
-        rows, cache, step_tokens=max(2048, num_running), eos_token_ids=[1], max_model_len=CONTEXT,
+        rows, cache, step_tokens=max(2048, num_running), eos_token_ids=[EOS], max_model_len=CONTEXT,
         vocab_size=VOCAB,
     )  # fmt: skip
     model: Any = SimpleNamespace(
@@ -69,15 +89,13 @@ def core_of(num_running: int) -> EngineCore:
     grammars: Any = None
     core = EngineCore(scheduler, runner, rows, cache, grammars, Adapters(None), depth=2)
     for index in range(num_running):
-        ids = np.random.default_rng(index).integers(6, VOCAB, 1000 + index % 32).tolist()
-        params = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True)
-        core.add(GenerateRequest(request_id=f"{index}", prompt_ids=ids, params=params))
-    while rows.num_tokens.min() <= rows.num_prompt.max() + 4:
+        core.add(request_of(index))
+    while (rows.num_tokens <= rows.num_prompt + 4).any():
         core.step()
     runner.add_graphs([num_running], lambda work: lambda: None)
     graph = SimpleNamespace(row_ids=torch.empty(num_running), tiles=None)
     runner.graphs._graphs[num_running, False] = graph  # type: ignore
-    return core
+    return core, runner
 
 
 class NoAttention:
@@ -87,38 +105,51 @@ class NoAttention:
         return None
 
 
-def measure(num_running: int, steps: int) -> dict[str, object]:
-    """Milliseconds of thread CPU time: until a step is launched, and for the results of one."""
-    core = core_of(num_running)
+def measure(num_running: int, steps: int, churn: int = 0) -> dict[str, object]:
+    """Milliseconds until a step is launched, and for the results of one."""
+    core, runner = core_of(num_running)
+    runner.churn, num_requests = churn, num_running
     gc.collect()
     gc.freeze()  # as the engine process does
-    times_ns = np.empty((steps, 2))
+    times_ns = np.empty((steps, 2, 2))  # of the CPU and of the wall, each before and after the launch
     for step in range(steps):
-        marks = [time.thread_time_ns()]
+        marks = [_now_ns()]
         plan = core.scheduler.schedule()
         assert plan is not None
-        assert plan.num_decodes == num_running
+        assert plan.num_decodes >= num_running - 2
         core._launch(plan, is_ahead=True)
-        marks.append(time.thread_time_ns())
-        core._land([], [])
+        marks.append(_now_ns())
+        outputs: list[RequestOutput] = []
+        core._land(outputs, [])
         core.stats()
-        marks.append(time.thread_time_ns())
-        times_ns[step] = np.diff(marks)
-    p50, p99 = np.percentile(times_ns, [50, 99], axis=0).round(-3) / 1e6
-    return {
-        "benchmark": "step_overhead", "running": num_running, "steps": steps,
-        "prepare_p50_ms": p50[0], "prepare_p99_ms": p99[0],
-        "results_p50_ms": p50[1], "results_p99_ms": p99[1],
-    }  # fmt: skip
+        marks.append(_now_ns())
+        times_ns[step] = np.diff(np.array(marks), axis=0).T
+        for _ in range(sum(output.finish_reason is not None for output in outputs)):
+            core.add(request_of(num_requests))
+            num_requests += 1
+    assert num_requests - num_running >= (steps // churn - 2 if churn else 0)
+    row: dict[str, object] = {"running": num_running, "steps": steps, "churn": churn}
+    for clock, of in zip(("", "wall_"), times_ns.transpose(1, 2, 0), strict=True):
+        for part, ns in zip(("prepare", "results"), of, strict=True):
+            for percent in (50, 99):
+                row[f"{part}_{clock}p{percent}_ms"] = round(float(np.percentile(ns, percent)) / 1e6, 3)
+    return {"benchmark": "step_overhead", **row}
+
+
+def _now_ns() -> tuple[int, int]:
+    """Of this thread's CPU, of the wall."""
+    return time.thread_time_ns(), time.perf_counter_ns()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--churn", type=int, default=0, help="steps between two ends; 0: none")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for num_running in args.running:
-        print(json.dumps(measure(num_running, args.steps)), flush=True)
+        emit({**measure(num_running, args.steps, args.churn), **environment()}, args.out)
 
 
 if __name__ == "__main__":

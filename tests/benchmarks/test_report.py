@@ -53,6 +53,13 @@ def results(tmp_path: Path) -> Path:
     failed = [0.2, 0.2, None, 0.3, "http 429"]
     timeline = [[0.0, 0.0, 0.1, 0.5, "short"], [0.1, 0.1, 0.4, 0.6, "long"], failed]
     write(tmp_path / "serving.jsonl", ramp(1), ramp(2), {**ramp(1), "summary": "", "timeline": timeline})
+    for_compare = {"benchmark": "compare", "workload": "batch"}
+    ours = {**for_compare, "peer": "cabochon", "output_tok_per_s": 20.0, "round": 1}
+    medians = [
+        {**for_compare, "summary": "output_tok_per_s", "peer": name, "median": 20.0}
+        for name in ("cabochon", "new")
+    ]
+    write(tmp_path / "compare.jsonl", ours, {**ours, "round": 2}, *medians)
     kernel = {"kernel": "rms_norm", "device": "GPU"}
     ours = {**kernel, "provider": "ours", "median_ms": 1, "share_of_copy": 0.9}
     write(tmp_path / "kernels.jsonl", ours, {**kernel, "provider": "eager", "share_of_copy": 0.3})
@@ -64,7 +71,7 @@ def test_every_result_has_its_picture_and_the_page_needs_no_other_file(results: 
     report.main([*map(str, sorted(results.glob("*.jsonl"))), "--out", str(out)])
     names = {path.stem for path in out.glob("*.png")}
     of_serving = {f"serving-{name}" for name in ("throughput-latency", "ttft", "timeline")}
-    assert names == {"offline-rounds", "kernels-roofline", *of_serving}
+    assert names == {"offline-rounds", "kernels-roofline", "compare-peers", *of_serving}
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
     assert not re.search(r'(?:src|href)="(?!data:)', page)
