@@ -22,17 +22,6 @@ ExactLogits = Callable[[Tensor, Tensor], Tensor]  # rows [C], token ids [C] -> u
 SPARE = 16  # rounded candidates beside those asked for: rounding moves a token by few ranks
 
 
-class Slack(NamedTuple):
-    """How much less than a row's largest rounded logit that of its likeliest token may be."""
-
-    absolute: Tensor  # [R] fp32
-    relative: float  # to the largest
-
-    def below(self, highest: Tensor) -> Tensor:
-        """highest: [R]. Returns [R] fp32."""
-        return highest.float() - (self.absolute + self.relative * highest.float().abs())
-
-
 class PromptPart(NamedTuple):
     """Prompt tokens whose log probabilities a plan makes known.
 

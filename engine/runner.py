@@ -158,10 +158,10 @@ class Runner(StepRunner):
         return token_logprobs(logits.float(), token_ids, count, cap, exact).rows()
 
     def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
-        if self.sampler.takes_largest(sampling, rows):
-            likeliest = self._model.likeliest(hidden)
-            if likeliest is not None:
-                return StepResult(likeliest.numpy().astype(np.int32), np.ones(len(sampling), np.bool_))
+        draws = self.sampler.draws(sampling, rows)
+        token_ids = None if draws is None else self._model.next_tokens(hidden, draws)
+        if token_ids is not None:
+            return StepResult(np.array(token_ids, np.int32), np.ones(len(sampling), np.bool_))
         logits = self.logits(hidden)
         exact, slack = self._exact(hidden, logits), self._model.slack(hidden)
         return self.sampler.sample(logits, sampling, rows, exact, slack)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.logprobs import ExactLogits, Slack, token_logprobs
+from cabochon.engine.logprobs import ExactLogits, token_logprobs
 from cabochon.engine.masks import grace_end_s, next_mask
 from cabochon.engine.messages import TokenLogprobs
 from cabochon.engine.plan import StepResult
@@ -19,7 +19,7 @@ from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.kernels.definitions import softcap_
-from cabochon.kernels.native.sampling import find_largest
+from cabochon.kernels.native.sampling import Slack, find_largest
 from cabochon.kernels.sampling import Draw, draw, gumbel_argmax, penalize_, truncation_threshold
 
 
@@ -57,11 +57,17 @@ class Sampler:
             torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
         )
 
-    def takes_largest(self, row_ids: NDArray[np.int32], rows: Rows) -> bool:
-        """Whether all that is wanted of these rows is the token with the largest logit."""
-        return all(
-            self._rows[row].params.logprobs is None and self._is_plain(row, rows) for row in row_ids.tolist()
-        )
+    def draws(self, row_ids: NDArray[np.int32], rows: Rows) -> list[Draw | None] | None:
+        """Their draws if nothing is wanted of any of these rows but a draw, or the largest logit (None)."""
+        found: list[Draw | None] = []
+        for index, row in enumerate(row_ids.tolist()):
+            is_plain = self._is_plain(row, rows)
+            if self._rows[row].params.logprobs is not None or not (
+                is_plain or self._is_only_drawn(row, rows)
+            ):
+                return None
+            found.append(None if is_plain else self._draw_of(index, row, rows))
+        return found
 
     def sample(
         self,
@@ -73,9 +79,10 @@ class Sampler:
     ) -> StepResult:
         """logits: [R, V] not softcapped, of distinct rows row_ids [R]; those in fp32 are overwritten.
 
-        `exact` settles ties that a rounded dtype made; slack: how much less than the largest a tie may be.
+        `exact` settles ties that a rounded dtype made. slack: how far logits are from those of `exact`, from
+        which draws are then, too.
         """
-        found = find_largest(logits, *(slack or ()))
+        found = find_largest(logits, slack)
         highest, token_ids = found[:2] if found else logits.max(-1)  # NaN wins, so it shows
         plain = [self._is_plain(int(row), rows) for row in row_ids]
         if exact is not None and any(plain):
@@ -94,11 +101,10 @@ class Sampler:
             if not is_finite[index] or plain[index]:
                 continue
             if self._is_only_drawn(row, rows):
-                params = self._rows[row].params
-                drawn.append(Draw(index, params.temperature, params.seed, int(rows.num_tokens[row])))
+                drawn.append(self._draw_of(index, row, rows))
             else:
                 chosen[index] = self._choose(logits[index].float(), row, rows, result)
-        chosen[[each.row for each in drawn]] = draw(logits, drawn)
+        chosen[[each.row for each in drawn]] = draw(logits, drawn, self._softcap, slack, exact)
         if kept is not None:
             result.logprobs.update(self._logprobs(kept, wanted, chosen, row_ids, exact))
         return result
@@ -129,10 +135,14 @@ class Sampler:
         return self._rows[row].params.is_greedy and self._is_unbound(row, rows)
 
     def _is_only_drawn(self, row: int, rows: Rows) -> bool:
-        """Whether the row's token is a draw from its logits as they are, but for the temperature."""
+        """Whether the row's token is a draw from its logits as they are, but for cap and temperature."""
         params = self._rows[row].params
         is_whole = not (params.top_k or params.top_p < 1 or params.min_p)
-        return self._softcap is None and is_whole and self._is_unbound(row, rows)
+        return is_whole and not params.is_greedy and self._is_unbound(row, rows)
+
+    def _draw_of(self, index: int, row: int, rows: Rows) -> Draw:
+        params = self._rows[row].params
+        return Draw(index, params.temperature, params.seed, int(rows.num_tokens[row]))
 
     def _is_unbound(self, row: int, rows: Rows) -> bool:
         params = self._rows[row].params

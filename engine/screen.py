@@ -1,14 +1,17 @@
-"""The likeliest token of each row without its logits: a CPU's greedy steps read half of the output head."""
+"""The next token of each row without its logits: steps of a CPU read half of the output head."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cabochon.engine.int8_linear import error_bounds
-from cabochon.engine.logprobs import Slack
 from cabochon.kernels.native.layers import LANES
 from cabochon.kernels.native.quantize import pack, quantize_weight
+from cabochon.kernels.native.sampling import Slack
 from cabochon.kernels.native.screen import TOKENS, can_screen, entries, screen
+from cabochon.kernels.sampling import Draw, noise_key, winner
 
 BF16_ROUNDING = 2.0**-8  # at most, relative to a value
 
@@ -36,12 +39,25 @@ class Screen:
         self._scales, self._errors = pad(scales, (0, past)), pad(errors, (0, past), value=torch.nan)
         self.num_bytes = self._packed.nbytes + self._scales.nbytes + self._errors.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """x: [R, E]. Returns [R] int64: of each row the largest product in fp32, the lowest token of those
-        that share it. None if there is a row for which logits must be looked at: not finite, or all alike."""
+    def __call__(self, x: Tensor, draws: Sequence[Draw | None], cap: float | None) -> list[int] | None:
+        """The next tokens: of each row the one with the largest product in fp32, the lowest of those that
+        share it; or what its draw gives from those products, capped.
+
+        x: [R, E]. draws: [R]. None if there is a row for which logits must be looked at: it is not finite, or
+        they are all alike.
+        """
+        keyed = [None if d is None else (d.temperature, noise_key(d.seed, d.position)) for d in draws]
         weight = self._packed, self._scales, self._errors, self._largest
-        token_ids = screen(x.contiguous(), *weight, self._embedding)
-        return None if (token_ids < 0).any() else token_ids
+        found = screen(x.contiguous(), *weight, self._embedding, keyed, cap)
+        counts = found.num_tokens.tolist()
+        if min(counts, default=1) < 1:
+            return None
+        chosen: list[int] = found.token_ids[:, 0].tolist()
+        for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
+            if draw is not None and count > 1:
+                token_ids, order = found.token_ids[row, :count].long().sort()
+                chosen[row] = winner(draw, token_ids, found.logits[row, :count][order], cap)
+        return chosen
 
     def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor:
         """The products that it compares. [C, E] each. Returns [C] fp32."""
@@ -50,8 +66,7 @@ class Screen:
     def slack(self, x: Tensor) -> Slack:
         """Of products that were summed in fp32, in whatever order, and rounded to bf16. x: [R, E].
 
-        The likeliest token's and the largest one are each off by half a step of bf16 and by E roundings of
-        the sum; twice as many are granted.
+        They are off by half a step of bf16 and by E roundings of the sum; twice as many are granted.
         """
         sum_error = 2 * x.shape[1] * 2.0**-24 * self._largest
-        return Slack(x.float().norm(dim=1).mul_(2 * 1.02 * sum_error), 2 * 1.02 * BF16_ROUNDING)
+        return Slack(x.float().norm(dim=1).mul_(1.02 * sum_error), 1.02 * BF16_ROUNDING)

@@ -9,13 +9,14 @@ Nothing sorts the vocabulary. Truncations are value thresholds: ties at a thresh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cabochon.kernels.native.sampling import find_candidates
+from cabochon.kernels.definitions import softcap_
+from cabochon.kernels.native.sampling import Slack, find_candidates
 
 GUMBEL_MAX = 23.0  # −log(−log1p(−2⁻³³)) = 22.874, and room for rounding
 NUCLEUS_START = 256  # tokens of a first look at the nucleus, which on real text is mostly enough
@@ -80,22 +81,46 @@ class Draw(NamedTuple):
     position: int
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token for each, of logits [R, V] without NaN. On a CPU with the C kernels, all rows in one call."""
+def draw(
+    logits: Tensor,
+    draws: Sequence[Draw],
+    cap: float | None = None,
+    slack: Slack | None = None,
+    exact: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> list[int]:
+    """One token for each, of logits [R, V] without NaN, softcapped first. On a CPU all rows in one call of C.
+
+    exact: rows [C], token ids [C] -> logits [C] fp32 that are drawn from instead of those, which are within
+    the slack of them.
+    """
     keys = [noise_key(each.seed, each.position) for each in draws]
     rows, temperatures = [each.row for each in draws], [each.temperature for each in draws]
-    found = find_candidates(logits, rows, temperatures, keys) or [None] * len(draws)
-    return [_winner(logits[each.row], each, ids) for each, ids in zip(draws, found, strict=True)]
+    found = find_candidates(logits, rows, temperatures, keys, cap, slack) or [None] * len(draws)
+
+    def logits_of(row: int, ids: Tensor) -> Tensor:
+        if exact is None or slack is None:
+            return logits[row, ids].float()
+        return exact(torch.full_like(ids, row), ids)
+
+    chosen = []
+    for each, ids in zip(draws, found, strict=True):
+        if ids is None:
+            everything = torch.arange(logits.shape[1], device=logits.device)
+            scaled = _scaled(logits_of(each.row, everything), each, cap)
+            chosen.append(gumbel_argmax_reference(scaled, each.seed, each.position))
+        else:
+            chosen.append(int(ids) if len(ids) == 1 else winner(each, ids, logits_of(each.row, ids), cap))
+    return chosen
 
 
-def _winner(logits: Tensor, draw: Draw, candidates: Tensor | None) -> int:
-    """logits: [V]. candidates: ascending ids [C], all that can win, or None."""
-    if candidates is None:
-        return gumbel_argmax_reference(logits.float() / draw.temperature, draw.seed, draw.position)
-    if len(candidates) == 1:
-        return int(candidates)
-    scaled = logits[candidates].float() / draw.temperature
-    return int(candidates[(scaled + gumbel(draw.seed, draw.position, candidates)).argmax()])
+def winner(draw: Draw, token_ids: Tensor, logits: Tensor, cap: float | None) -> int:
+    """Of a few tokens [C], ascending, with these logits [C] fp32, not capped and ours to overwrite."""
+    noise = gumbel(draw.seed, draw.position, token_ids)
+    return int(token_ids[(_scaled(logits, draw, cap) + noise).argmax()])
+
+
+def _scaled(logits: Tensor, draw: Draw, cap: float | None) -> Tensor:
+    return (logits if cap is None else softcap_(logits, cap)) / draw.temperature
 
 
 def gumbel_argmax(scaled: Tensor, seed: int, position: int) -> int:

@@ -6,7 +6,7 @@ dtype, gelu rounded before its product; but RoPE is in fp32 and rounded once. Kn
 pages' owners or sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from cabochon.engine.adapters.adapter import LinearName
 from cabochon.engine.adapters.deltas import StepDeltas
 from cabochon.engine.attention import Attention, AttentionInputs
 from cabochon.engine.linear import AnyLinear, Fp8Linear, Linear, MakeLinear
-from cabochon.engine.logprobs import Slack
 from cabochon.engine.models.config import ModelConfig
 from cabochon.kernels.definitions import geglu, rms_norm, rope, rope_table
+from cabochon.kernels.native.sampling import Slack
+from cabochon.kernels.sampling import Draw
 
 LoadTensor = Callable[[str, tuple[int, ...]], Tensor]  # name, expected shape -> tensor in the working dtype
 
@@ -171,15 +172,15 @@ class Gemma:
         # unquantized embedding would choose among them, and fill in log probabilities, by another model.
         return self._head.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))
 
-    def likeliest(self, hidden: Tensor) -> Tensor | None:
-        """The tokens of the largest logits, found without them. hidden: [R, E]. Returns [R] int64.
+    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int] | None:
+        """The likeliest token of each row, or that of its draw, found without logits. hidden: [R, E].
 
         None if that cannot be had, or not for one of these rows: look at the logits then.
         """
         return None
 
     def slack(self, hidden: Tensor) -> Slack | None:
-        """How far rounded logits may be from what `likeliest` compares; None: never mind. hidden: [R, E]."""
+        """How far rounded logits may be from those of `next_tokens`; None: never mind. hidden: [R, E]."""
         return None
 
     def _forward_layer(

@@ -1,9 +1,10 @@
 """The fused forward pass in C on the CPU. Products stay torch's: oneDNN knows every instruction for them."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from cabochon.engine.linear import Linear, MakeLinear
-from cabochon.engine.logprobs import Slack
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.fused import FusedGemma, FusedKernels
 from cabochon.engine.models.gemma import LoadTensor
@@ -18,6 +19,8 @@ from cabochon.kernels.native.layers import (
     sandwich_norm,
 )
 from cabochon.kernels.native.library import library
+from cabochon.kernels.native.sampling import Slack
+from cabochon.kernels.sampling import Draw
 
 
 def can_run_native(config: ModelConfig) -> bool:
@@ -50,8 +53,10 @@ class NativeGemma(FusedGemma):
     def num_bytes(self) -> int:
         return super().num_bytes + (self._screen.num_bytes if self._screen else 0)
 
-    def likeliest(self, hidden: Tensor) -> Tensor | None:
-        return self._screen(self.normed(hidden)) if self._screen else None
+    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int] | None:
+        if self._screen is None:
+            return None
+        return self._screen(self.normed(hidden), draws, self.config.final_softcap)
 
     def slack(self, hidden: Tensor) -> Slack | None:
         return self._screen.slack(self.normed(hidden)) if self._screen else None

@@ -1,4 +1,4 @@
-/* Which token has the largest logit: kernels/native/screen.py says what and why that is exact.
+/* Which token has the largest logit, or wins a draw: kernels/native/screen.py says what and why that is exact.
 
    Sixteen tokens of the vocabulary lie side by side, four elements of each together: a vector of 64 bytes, which
    one VNNI instruction multiplies by four elements of x and adds to sixteen sums. A row's elements may be larger than
@@ -7,12 +7,15 @@
 #include <stdlib.h>
 
 #include "layers.h"
+#include "noise.h"
 #include "threads.h"
 
 #define FOUR 4            /* elements that a vector has of each token */
 #define ROWS 16           /* of x in a block: as many sums stay in registers */
 #define GROUPS 16         /* of LANES tokens in a unit of work: they stay in the cache for all blocks */
 #define CAPACITY 8192     /* candidates of a row */
+#define DRAWN 64          /* of a draw, once their logits are known; also in screen.py */
+#define CAP_ERROR 0x1p-20f
 #define MOST_REPEATS 16   /* of a vector */
 #define LARGEST 127
 #define OFFSET 128        /* of the weight's bytes, which that instruction takes without a sign */
@@ -32,6 +35,9 @@ struct screen {
   const float *errors;    /* [N'], NaN past N */
   const void *embedding;  /* [N, K] */
   float largest;          /* of the weight's norms */
+  const float *temperatures; /* [T], 0: the largest logit is wanted */
+  const uint64_t *keys;   /* [T] */
+  float cap;              /* of logits that are drawn from; 0: none */
   int T, K, num_groups, is_fp32;
   struct block *blocks;
   int32_t *values;        /* [T, K]: x in whole multiples of its scale */
@@ -42,7 +48,9 @@ struct screen {
   int *counts;            /* [T], of candidates, those beyond CAPACITY too */
   int32_t *token_ids;     /* [T, CAPACITY] */
   float *highest;         /* [T, CAPACITY]: upper bounds */
-  int64_t *chosen;        /* [T] */
+  int32_t *chosen;        /* [T, DRAWN] */
+  float *logits;          /* [T, DRAWN] */
+  int32_t *num_chosen;    /* [T] */
 };
 
 /* Whole multiples of a scale, by which all but STANDING_OUT elements are at most LARGEST. */
@@ -157,13 +165,6 @@ static void raise_bound(uint32_t *bound, float to) {
     if (__atomic_compare_exchange_n(bound, &old, bits, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
 }
 
-INLINE int any(vint mask) {
-  uint64_t parts[sizeof mask / 8], all = 0;
-  memcpy(parts, &mask, sizeof parts);
-  for (unsigned i = 0; i < sizeof parts / sizeof *parts; i++) all |= parts[i];
-  return all != 0;
-}
-
 /* Rare. Which tokens may still win, and whether the bound rises by them. */
 static void enter(struct screen *s, int row, int token, vfloat low, vfloat high) {
   float bound = as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED));
@@ -199,9 +200,18 @@ INLINE void multiply(struct screen *s, const struct block *b, int first, int gro
       const vfloat scale = load_fp32(s->scales + token) * splat(s->x_scales[row]);
       const vfloat margin = load_fp32(s->errors + token) * splat(s->norms[row]) + splat(s->spread[row]);
       const vfloat value = __builtin_convertvector(sums[r][c] - s->sums[row], vfloat) * scale;
-      const vfloat high = value + margin;
-      if (any(high >= splat(as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED)))))
-        enter(s, row, token, value - margin, high);
+      const vfloat bound = splat(as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED)));
+      vfloat high = value + margin;
+      if (s->temperatures[row] == 0) {
+        if (any(high >= bound)) enter(s, row, token, value - margin, high);
+        continue;
+      }
+      high = capped(high, s->cap, CAP_ERROR) / splat(s->temperatures[row]);
+      if (!any(high + splat(HIGHEST_NOISE) >= bound)) continue;
+      const Noise noise = noise_of(sixteen_from(token), s->keys[row]);
+      if (!any(high + noise.upper >= bound)) continue;
+      const vfloat low = capped(value - margin, s->cap, -CAP_ERROR) / splat(s->temperatures[row]);
+      enter(s, row, token, low + noise.lower, high + noise.upper);
     }
   }
 }
@@ -224,20 +234,63 @@ static void multiply_unit(void *arguments, int unit) {
   }
 }
 
-/* Among the candidates, the largest product of the embedding; the lowest token of those that share it. */
+/* Of the candidates of a draw, whose logits are now known, those that may win: `count` tokens, not in order. */
+static void settle_draw(struct screen *s, int row, const int32_t *token_ids, const float *logits, int count) {
+  float bound = -FLT_MAX, low[LANES], high[LANES];
+  for (int pass = 0; pass < 2; pass++)
+    for (int i = 0; i < count; i += LANES) {
+      uint32_t ids[LANES] = {0};
+      float some[LANES] = {0};
+      const int n = count - i < LANES ? count - i : LANES;
+      memcpy(ids, token_ids + i, n * 4);
+      memcpy(some, logits + i, n * 4);
+      vuint tokens;
+      memcpy(&tokens, ids, sizeof tokens);
+      const Noise noise = noise_of(tokens, s->keys[row]);
+      const vfloat l = load_fp32(some), temperature = splat(s->temperatures[row]);
+      store_fp32(low, capped(l, s->cap, -CAP_ERROR) / temperature + noise.lower);
+      store_fp32(high, capped(l, s->cap, CAP_ERROR) / temperature + noise.upper);
+      for (int lane = 0; lane < n; lane++) {
+        if (pass == 0) bound = low[lane] > bound ? low[lane] : bound;
+        else if (high[lane] >= bound) {
+          if (s->num_chosen[row] == DRAWN) {
+            s->num_chosen[row] = -1;
+            return;
+          }
+          const int64_t place = (int64_t)row * DRAWN + s->num_chosen[row]++;
+          s->chosen[place] = token_ids[i + lane];
+          s->logits[place] = logits[i + lane];
+        }
+      }
+    }
+}
+
+/* The largest product of the embedding among the candidates, the lowest token of those that share it; or of a draw all
+   that may win. */
 INLINE void settle_row(struct screen *s, int row, const int is_fp32) {
   const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
+  int32_t *token_ids = s->token_ids + (int64_t)row * CAPACITY;
+  float *highest = s->highest + (int64_t)row * CAPACITY;
   const int count = s->counts[row];
   const float bound = as_float(s->bounds[row]);
-  float best = 0;
-  int64_t token = -1;
+  s->num_chosen[row] = count && count <= CAPACITY ? 0 : -1;
+  int kept = 0, best = 0;
   for (int i = 0; i < count && count <= CAPACITY; i++) {
-    const int32_t id = s->token_ids[(int64_t)row * CAPACITY + i];
-    if (s->highest[(int64_t)row * CAPACITY + i] < bound) continue;
-    const float logit = dot(x, at(s->embedding, (int64_t)id * s->K, is_fp32), s->K, is_fp32);
-    if (token < 0 || logit > best || (logit == best && id < token)) best = logit, token = id;
+    if (highest[i] < bound) continue;
+    token_ids[kept] = token_ids[i];
+    highest[kept] = dot(x, at(s->embedding, (int64_t)token_ids[i] * s->K, is_fp32), s->K, is_fp32); /* the logit */
+    const int is_lower = highest[kept] == highest[best] && token_ids[kept] < token_ids[best];
+    if (highest[kept] > highest[best] || is_lower) best = kept;
+    kept++;
   }
-  s->chosen[row] = token;
+  if (s->num_chosen[row] < 0) return;
+  if (s->temperatures[row] != 0) {
+    settle_draw(s, row, token_ids, highest, kept);
+    return;
+  }
+  s->chosen[(int64_t)row * DRAWN] = token_ids[best];
+  s->logits[(int64_t)row * DRAWN] = highest[best];
+  s->num_chosen[row] = 1;
 }
 
 static void settle_unit(void *arguments, int row) {
@@ -255,17 +308,24 @@ EXPORT int cabochon_can_screen(void) {
 #endif
 }
 
-/* x: [T, K], K a multiple of LANES, at most 2^17. weight: the bytes of screen.pack, N' tokens, N' a multiple of 64;
-   scales, errors: [N'], NaN errors past N. embedding: [N, K]. Writes chosen: [T], -1 where too many were left to be
-   told apart here, or the row is not finite. Returns 0, or -1 without memory. */
+/* x: [T, K], K a multiple of LANES, at most 2^17. weight: the bytes of quantize.pack, N' tokens, N' a multiple of 64;
+   scales, errors: [N'], NaN errors past N. embedding: [N, K]. Of each row [T] the largest logit is wanted where its
+   temperature is 0; else a draw from logits, capped where cap is not 0, over the temperature, by the noise of its key.
+   Writes chosen, logits: [T, DRAWN], and num_chosen: [T], how many: 1, or of a draw all that may win. -1 where too many
+   were left to be told apart here, or the row is not finite. Returns 0, or -1 without memory. */
 EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *scales, const float *errors, float largest,
-                           const void *embedding, int64_t *chosen, int T, int N, int K, int is_fp32, int num_threads) {
+                           const void *embedding, const float *temperatures, const uint64_t *keys, float cap,
+                           int32_t *chosen, float *logits, int32_t *num_chosen, int T, int N, int K, int is_fp32,
+                           int num_threads) {
   const int num_blocks = (T + ROWS - 1) / ROWS, most = K / FOUR * MOST_REPEATS;
   const size_t rows = T, entries = (size_t)num_blocks * most;
   char *memory = malloc(rows * ((size_t)K * 4 + 6 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
                         num_blocks * sizeof(struct block));
   if (!memory) return -1;
-  struct screen s = {x, weight, scales, errors, embedding, largest, T, K, N / LANES, is_fp32};
+  struct screen s = {.x = x, .weight = weight, .scales = scales, .errors = errors, .embedding = embedding,
+                     .largest = largest, .temperatures = temperatures, .keys = keys, .cap = cap, .T = T, .K = K,
+                     .num_groups = N / LANES, .is_fp32 = is_fp32, .chosen = chosen, .logits = logits,
+                     .num_chosen = num_chosen};
   char *next = memory;
   s.blocks = (struct block *)next, next += num_blocks * sizeof(struct block);
   s.values = (int32_t *)next, next += rows * K * 4;
@@ -277,7 +337,6 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
   s.counts = (int *)next, next += rows * 4;
   s.token_ids = (int32_t *)next, next += rows * CAPACITY * 4;
   s.highest = (float *)next, next += rows * CAPACITY * 4;
-  s.chosen = chosen;
   int32_t *parts = (int32_t *)next;
   int16_t *of = (int16_t *)(next + entries * ROWS * 4);
   for (int i = 0; i < num_blocks; i++) {

@@ -16,7 +16,7 @@ from cabochon.engine.attention import AttentionInputs, TorchAttention
 from cabochon.engine.kv_layout import kv_layout
 from cabochon.engine.kv_pages import KVPages
 from cabochon.engine.llm import LLM
-from cabochon.engine.logprobs import ExactLogits, Slack
+from cabochon.engine.logprobs import ExactLogits
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.plan import Plan, StepResult
@@ -24,6 +24,7 @@ from cabochon.engine.rows import Rows
 from cabochon.engine.runner import LOGITS_ROWS, Runner
 from cabochon.engine.sampler import Sampler
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.kernels.native.sampling import Slack
 
 P = 4
 CONFIG = model_config(random_gemma2().config)
@@ -67,8 +68,8 @@ class EchoSampler:
     def prompt_logprobs(self, _: int) -> None:
         return None
 
-    def takes_largest(self, row_ids: np.ndarray, _: Rows) -> bool:
-        return False
+    def draws(self, row_ids: np.ndarray, _: Rows) -> None:
+        return None
 
     def sample(
         self, logits: Tensor, row_ids: np.ndarray, _: Rows, exact: ExactLogits | None, slack: Slack | None
@@ -235,6 +236,6 @@ def test_exact_logits_are_offered_where_logits_are_rounded(
         return sample(self, *args)
 
     monkeypatch.setattr(Sampler, "sample", spy)
-    llm.generate([[9, 10]], SamplingParams(seed=1, max_tokens=2))
+    llm.generate([[9, 10]], SamplingParams(seed=1, top_k=5, max_tokens=2))
     assert [exact is not None for exact in offered] == [is_asked] * len(offered)
     assert offered

@@ -5,12 +5,12 @@ import pytest
 import torch
 from scipy import stats
 
-from cabochon.engine.logprobs import Slack
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampler import Sampler
 from cabochon.engine.sampling_params import SamplingParams
+from cabochon.kernels.native.sampling import Slack
 
 V = 40
 PROMPT = [5, 6, 7]
@@ -98,9 +98,9 @@ def test_what_is_within_the_slack_is_settled_too() -> None:
         return Bench(GREEDY).sample(logits, exact, Slack(torch.tensor([absolute]), relative))
 
     assert chosen(0.0, 0.0) == [3]
-    assert chosen(0.01, 0.0) == [8]
-    assert chosen(0.0, 0.004) == [8]
-    assert chosen(0.25, 0.125) == [9]
+    assert chosen(0.005, 0.0) == [8]
+    assert chosen(0.0, 0.002) == [8]
+    assert chosen(0.125, 0.0625) == [9]
 
 
 def test_bias_and_penalties_come_after_the_cap() -> None:

@@ -1,6 +1,8 @@
-"""Greedy steps without logits: the same tokens alone, among others and by the logits, or no screen at all."""
+"""Steps without logits: the same tokens alone, among others and by the logits, or no screen at all."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from cabochon.engine.models.native_gemma import NativeGemma
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.engine.screen import Screen, screen_of
 from cabochon.kernels.native.screen import can_screen
+from cabochon.kernels.sampling import Draw
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-DRAWN = SamplingParams(seed=3, top_k=5, max_tokens=40, ignore_eos=True)
+DRAWN = SamplingParams(seed=3, max_tokens=40, ignore_eos=True)
+TRUNCATED = SamplingParams(seed=3, top_k=5, max_tokens=40, ignore_eos=True)
 PROMPTS = [[5 + i, 9, 20 + i] for i in range(8)]
 
 
@@ -47,9 +51,11 @@ def test_without_vnni_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_vnni")
 def test_a_row_that_cannot_be_told_has_all_rows_looked_at() -> None:
     screen, x = Screen(random(9000, 64)), random(3, 64, seed=1)
-    assert screen(x) is not None
-    x[1] = 0
-    assert screen(x) is None
+    for draws in ([None] * 3, [Draw(row, 1.0, 7, row) for row in range(3)]):
+        x[1] = 1
+        assert screen(x, draws, None) is not None
+        x[1] = torch.nan
+        assert screen(x, draws, None) is None
 
 
 @pytest.mark.usefixtures("_vnni")
@@ -57,30 +63,30 @@ def test_slack_covers_what_rounding_moves() -> None:
     """Nearly equal tokens, whose products have the worst error that a sum in fp32 may have."""
     embedding = random(1, 256) + 0.004 * random(400, 256, seed=2)
     screen, x = Screen(embedding), random(300, 256, seed=1) * 3
-    found = screen(x)
+    found = screen(x, [None] * 300, None)
     assert found is not None
     norms = x.double().norm(dim=1)[:, None] * embedding.double().norm(dim=1)
     signs = random(300, 400, torch.float64, seed=3).sign()
     rounded = (x.double() @ embedding.double().T + 256 * 2.0**-24 * norms * signs).bfloat16()
     highest = rounded.amax(1)
-    own = rounded.gather(1, found[:, None])[:, 0]
+    own = rounded.gather(1, torch.tensor(found)[:, None])[:, 0]
     assert (own < highest).any(), "not only ties"
     assert (own >= screen.slack(x).below(highest)).all()
 
 
 class Spy:
-    """Counts the greedy steps that needed no logits."""
+    """Counts the steps that needed no logits."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_steps = 0
-        likeliest = NativeGemma.likeliest
+        next_tokens = NativeGemma.next_tokens
 
-        def spied(model: NativeGemma, hidden: Tensor) -> Tensor | None:
-            found = likeliest(model, hidden)
+        def spied(*args: Any) -> list[int] | None:
+            found = next_tokens(*args)
             self.num_steps += found is not None
             return found
 
-        monkeypatch.setattr(NativeGemma, "likeliest", spied)
+        monkeypatch.setattr(NativeGemma, "next_tokens", spied)
 
 
 def tokens(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
@@ -88,34 +94,40 @@ def tokens(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("_vnni")
-def test_greedy_tokens_are_the_same_alone_and_beside_draws_and_by_the_logits(
-    tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model", ["tiny_gemma2_dir", "tiny_gemma3_dir"])
+def test_tokens_are_the_same_alone_and_beside_others_and_by_the_logits(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
+    directory = str(request.getfixturevalue(model))
     options = {"dtype": "bf16", "kv_cache_gib": 0.02, "threads": 1, "prefix_caching": False}
+    params = [GREEDY, *(replace(DRAWN, seed=seed, temperature=0.5 + seed / 5) for seed in range(3))] * 2
     spy = Spy(monkeypatch)
-    llm = LLM(str(tiny_gemma2_dir), **options)
-    screened = tokens(llm, [GREEDY] * 8)
+    llm = LLM(directory, **options)
+    screened = tokens(llm, params)
     assert spy.num_steps >= 40
     spy.num_steps = 0
-    mixed = tokens(llm, [GREEDY, DRAWN] * 4)
+    mixed = tokens(llm, [each if i % 4 else TRUNCATED for i, each in enumerate(params)])
     assert spy.num_steps == 0
+    assert [mixed[i] for i in range(8) if i % 4] == [screened[i] for i in range(8) if i % 4]
+    mixed = tokens(llm, [each if i % 2 == 0 else TRUNCATED for i, each in enumerate(params)])
     assert mixed[::2] == screened[::2]
+    monkeypatch.setattr(NativeGemma, "next_tokens", lambda *_: None)
+    assert tokens(llm, params) == screened
     monkeypatch.setattr("cabochon.engine.models.native_gemma.screen_of", lambda _: None)
-    plain = LLM(str(tiny_gemma2_dir), **options)
-    assert tokens(plain, [GREEDY] * 8) == screened
-    assert spy.num_steps == 0
+    plain = LLM(directory, **options)
+    assert tokens(plain, [GREEDY] * 8)[::4] == screened[::4], "draws are of rounded logits there"
     assert llm.info.weight_bytes > plain.info.weight_bytes
 
 
 @pytest.mark.usefixtures("_vnni")
-@pytest.mark.parametrize("name", ["logprobs", "min_tokens", "logit_bias", "seed"])
-def test_whoever_wants_more_than_the_likeliest_gets_logits(
+@pytest.mark.parametrize("name", ["logprobs", "min_tokens", "logit_bias", "top_k"])
+def test_whoever_wants_more_than_a_token_gets_logits(
     tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     fields: dict[str, object] = {name: {9: 1.0} if name == "logit_bias" else 2}
     spy = Spy(monkeypatch)
     llm = LLM(str(tiny_gemma2_dir), dtype="bf16", kv_cache_gib=0.02, threads=1)
-    temperature = 1.0 if name == "seed" else 0.0
+    temperature = 1.0 if name == "top_k" else 0.0
     llm.generate([[9, 10]], SamplingParams(temperature=temperature, max_tokens=2, **fields))
     assert spy.num_steps == 0
 

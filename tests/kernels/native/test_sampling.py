@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from cabochon.kernels import sampling
-from cabochon.kernels.native.sampling import find_candidates, find_largest
+from cabochon.kernels.definitions import softcap_
+from cabochon.kernels.native.sampling import Slack, find_candidates, find_largest
 from cabochon.kernels.sampling import Draw, draw, gumbel, gumbel_argmax, gumbel_argmax_reference, noise_key
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,6 +53,35 @@ def test_draws_are_the_definitions(kind: str, vocab: int, dtype: torch.dtype) ->
     assert draw(logits, draws) == wanted
     scaled = logits[0].float()
     assert gumbel_argmax(scaled, 5, 6) == gumbel_argmax_reference(scaled, 5, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [4, 16, 63, 65, 1000, 5003])
+@pytest.mark.parametrize("kind", ["flat", "wide", "peaked", "tied"])
+def test_draws_of_capped_logits_are_the_definitions(kind: str, vocab: int, dtype: torch.dtype) -> None:
+    logits = (rows_of(kind, 12, vocab) * 5).to(dtype)  # far beyond the cap
+    temperatures = [1.0, 0.7, 1e-5, 100.0, 0.3, 2.5]
+    draws = [Draw(i % 12, temperatures[i % 5], i * 77, i * i) for i in range(36)]
+    capped = softcap_(logits.float().clone(), 30.0)
+    wanted = [plain(capped[d.row] / d.temperature, d.seed, d.position) for d in draws]
+    assert draw(logits, draws, 30.0) == wanted
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("kind", ["wide", "peaked", "tied"])
+def test_draws_of_exact_logits_are_found_by_rounded_ones(kind: str, cap: float | None) -> None:
+    exact = rows_of(kind, 12, 1003) * 3
+    logits = (
+        exact + 0.01 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)).sign()
+    ).bfloat16()
+    draws = [Draw(i % 12, [1.0, 0.7, 0.02, 2.5][i % 4], i * 77, i * i) for i in range(2000)]
+    scaled = exact.clone() if cap is None else softcap_(exact.clone(), cap)
+    wanted = [plain(scaled[d.row] / d.temperature, d.seed, d.position) for d in draws]
+    slack = Slack(torch.full((12,), 0.0101), 1.02 * 2.0**-8)
+    found = draw(logits, draws, cap, slack, lambda rows, ids: exact[rows, ids])
+    assert found == wanted
+    if kind == "wide":
+        assert draw(logits, draws, cap) != wanted, "rounding changes some"
 
 
 @pytest.mark.parametrize("height", [3e8, 3e9])
@@ -122,8 +152,8 @@ def test_greedy_is_torchs_max(vocab: int, dtype: torch.dtype) -> None:
 def test_ties_may_be_less_by_a_slack(dtype: torch.dtype) -> None:
     logits = torch.tensor([[1.0, -8.0, 7.5, 8.0, 7.0], [-8.0, -9.0, -8.5, -8.0, -20.0]] * 40).T.repeat(1, 3)
     logits = logits.T.contiguous().to(dtype)
-    for absolute, relative, ties in ((0.0, 0.0, (1, 2)), (0.5, 0.0, (2, 3)), (0.0, 0.0625, (2, 3))):
-        found = find_largest(logits, torch.full((len(logits),), absolute), relative)
+    for absolute, relative, ties in ((0.0, 0.0, (1, 2)), (0.25, 0.0, (2, 3)), (0.0, 0.03125, (2, 3))):
+        found = find_largest(logits, Slack(torch.full((len(logits),), absolute), relative))
         assert found is not None
         assert found.highest.tolist() == [8.0, -8.0] * (len(logits) // 2)
         assert found.token_ids.tolist() == [3, 0] * (len(logits) // 2)

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cabochon.engine.int8_linear import error_bounds
+from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.native.quantize import pack, quantize_weight
 from cabochon.kernels.native.screen import TOKENS, can_screen, entries, screen
+from cabochon.kernels.sampling import Draw, gumbel_argmax_reference, noise_key, winner
 
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.usefixtures("build")
@@ -18,22 +20,56 @@ def random(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: i
     return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+class Head:
+    """An embedding and its screen."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.embedding = embedding
+        N, K = embedding.shape
+        values, scales = quantize_weight(embedding)
+        errors, largest = error_bounds(embedding, values, scales)
+        past = -N % TOKENS
+        padded = torch.nn.functional.pad(errors, (0, past), value=torch.nan)
+        self._weight = pack(values, K, N + past), torch.nn.functional.pad(scales, (0, past)), padded, largest
+
+    def largest(self, x: Tensor) -> list[int]:
+        found = screen(x, *self._weight, self.embedding)
+        assert ((found.num_tokens == 1) | (found.num_tokens == -1)).all()
+        return torch.where(found.num_tokens == 1, found.token_ids[:, 0], -1).tolist()
+
+    def drawn(self, x: Tensor, draws: list[Draw], cap: float | None) -> list[int]:
+        """The winners among what is left of each row, as long as there is something."""
+        keys = [(draw.temperature, noise_key(draw.seed, draw.position)) for draw in draws]
+        found = screen(x, *self._weight, self.embedding, keys, cap)
+        chosen = []
+        for draw, token_ids, logits, count in zip(draws, *found, strict=True):
+            ids, order = token_ids[: int(count)].long().sort()
+            chosen.append(-1 if count < 1 else winner(draw, ids, logits[: int(count)][order], cap))
+        return chosen
+
+
 def screened(x: Tensor, embedding: Tensor) -> list[int]:
-    N, K = embedding.shape
-    values, scales = quantize_weight(embedding)
-    errors, largest = error_bounds(embedding, values, scales)
-    past = -N % TOKENS
-    padded = torch.nn.functional.pad(errors, (0, past), value=torch.nan)
-    packed = pack(values, K, N + past)
-    chosen = screen(x, packed, torch.nn.functional.pad(scales, (0, past)), padded, largest, embedding)
-    return chosen.tolist()
+    return Head(embedding).largest(x)
+
+
+def products(x: Tensor, embedding: Tensor) -> Tensor:
+    """[T, N] fp32: the sums that the screen compares, of every token."""
+    N = len(embedding)
+    return entries(x.repeat_interleave(N, dim=0), embedding.repeat(len(x), 1)).view(-1, N)
 
 
 def likeliest(x: Tensor, embedding: Tensor) -> list[int]:
-    """By the sums that the screen compares, of every token."""
-    N = len(embedding)
-    products = entries(x.repeat_interleave(N, dim=0), embedding.repeat(len(x), 1)).view(-1, N)
-    return [int((row == row.max()).nonzero()[0, 0]) for row in products]
+    return [int((row == row.max()).nonzero()[0, 0]) for row in products(x, embedding)]
+
+
+def draw_of_all(x: Tensor, embedding: Tensor, draws: list[Draw], cap: float | None) -> list[int]:
+    """By the definition."""
+    rows = products(x, embedding)
+    scaled = [
+        (row if cap is None else softcap_(row, cap)) / d.temperature
+        for row, d in zip(rows, draws, strict=True)
+    ]
+    return [gumbel_argmax_reference(row, d.seed, d.position) for row, d in zip(scaled, draws, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,14 +111,52 @@ def test_no_winner_is_missed(
     assert screened(x, embedding) == likeliest(x, embedding)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([1, 50, 1031]),
+    sizes=st.sampled_from([0.0, 0.1, 1.0]),
+    temperature=st.sampled_from([1e-4, 0.3, 1.0, 2.0]),
+    cap=st.sampled_from([None, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_no_winner_of_a_draw_is_missed(
+    seed: int, vocab: int, sizes: float, temperature: float, cap: float | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((6, 64), generator=generator).to(dtype)
+    embedding = (torch.randn((vocab, 64), generator=generator) * sizes).to(dtype)
+    draws = [Draw(row, temperature * (1 + row % 2), seed + row, 100 + row) for row in range(6)]
+    found, expected = Head(embedding).drawn(x, draws, cap), draw_of_all(x, embedding, draws, cap)
+    for mine, right in zip(found, expected, strict=True):
+        assert mine in (right, -1)
+    if vocab == 1031 and temperature in (0.3, 1.0) and sizes == 1.0:
+        assert found == expected, "none had too many"
+
+
+def test_rows_that_draw_do_not_change_the_others() -> None:
+    head, x = Head(random(500, 64)), random(20, 64, seed=1)
+    draws = [Draw(row, 0.8, row, 5) if row % 3 else None for row in range(20)]
+    keys = [None if d is None else (d.temperature, noise_key(d.seed, d.position)) for d in draws]
+    found = screen(x, *head._weight, head.embedding, keys)
+    expected = likeliest(x, head.embedding)
+    for row, draw in enumerate(draws):
+        if draw is None:
+            assert found.token_ids[row, 0] == expected[row]
+        else:
+            assert (
+                head.drawn(x[row : row + 1], [draw], None)[0] in found.token_ids[row, : found.num_tokens[row]]
+            )
+
+
 def test_of_equal_tokens_the_first_wins() -> None:
     embedding, x = random(300, 64), random(20, 64, seed=1)
     for row, best in enumerate(likeliest(x, embedding)):
         embedding[[7 + row, 290 - row]] = embedding[best].clone()
     found = screened(x, embedding)
     assert found == likeliest(x, embedding)
-    products = x.double() @ embedding.double().T
-    assert all((products[row] == products[row, best]).sum() >= 2 for row, best in enumerate(found))
+    exact = x.double() @ embedding.double().T
+    assert all((exact[row] == exact[row, best]).sum() >= 2 for row, best in enumerate(found))
 
 
 def test_rows_that_cannot_be_told_are_named_and_no_others() -> None:
@@ -98,18 +172,19 @@ def test_rows_that_cannot_be_told_are_named_and_no_others() -> None:
 
 def test_a_row_has_its_token_in_every_batch_and_by_any_thread() -> None:
     embedding, x = random(5000, 96), random(40, 96, seed=1)
+    head = Head(embedding)
     x *= (10.0 ** torch.arange(-10, 10, 0.5)).to(x.dtype)[:, None]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        whole = screened(x, embedding)
+        whole = head.largest(x)
         torch.set_num_threads(1)
-        assert screened(x, embedding) == whole
+        assert head.largest(x) == whole
     finally:
         torch.set_num_threads(threads)
     for rows in (1, 2, 3, 7, 16):
         for start in (0, 9, 40 - rows):
-            assert screened(x[start : start + rows], embedding) == whole[start : start + rows]
+            assert head.largest(x[start : start + rows]) == whole[start : start + rows]
 
 
 def test_sums_of_the_largest_values_do_not_overflow() -> None:
