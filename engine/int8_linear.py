@@ -83,11 +83,11 @@ def _check_shape(weight: Tensor) -> None:
 
 
 def error_bounds(weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, float]:
-    """How far entries may be off, relative to ‖x‖: by ‖w − ŵ‖ and by sums in fp32. And the largest ‖ŵ‖.
+    """How far entries may be off, relative to ‖x‖: by ‖w − ŵ‖ and by sums in fp32. And the largest norm.
 
     weight: [n, k]. values, scales: of quantize_weight. Returns [n] fp32, not finite where the weight is not.
     """
     errors, norms = quantization_errors(weight, values, scales)
-    largest = float(norms.max())
+    largest = float((norms + errors).max())  # of ‖w‖ too
     sum_error = (weight.shape[1] / LANES + SUM_ROUNDINGS) * 2.0**-24  # relative to the product of norms
     return errors.add_(sum_error * largest).mul_(1.0001), largest * 1.0001  # roundings of themselves

@@ -88,7 +88,8 @@ class Sampler:
         if exact is not None and any(plain):
             lowest = highest if slack is None else slack.below(highest)
             num_tied = found.num_tied if found else (logits >= lowest[:, None]).sum(-1)
-            tied = [i for i, num in enumerate(num_tied.tolist()) if plain[i] and num > 1]
+            is_tied = ((num_tied > 1) & highest.isfinite()).tolist()
+            tied = [i for i, is_one in enumerate(is_tied) if plain[i] and is_one]
             self._settle_ties(logits, lowest, token_ids, tied, exact)
         chosen = token_ids.cpu().numpy().astype(np.int32)
         is_finite = highest.isfinite().cpu().numpy()

@@ -10,19 +10,21 @@ from cabochon.engine.int8_linear import error_bounds
 from cabochon.kernels.native.layers import LANES
 from cabochon.kernels.native.quantize import pack, quantize_weight
 from cabochon.kernels.native.sampling import Slack
-from cabochon.kernels.native.screen import TOKENS, can_screen, entries, screen
+from cabochon.kernels.native.screen import MAX_COLUMNS, TOKENS, can_screen, entries, screen
 from cabochon.kernels.sampling import Draw, noise_key, winner
 
+LEAST_NORM = 1e-10  # of the largest row: squares of less vanish in fp32
 BF16_ROUNDING = 2.0**-8  # at most, relative to a value
 
 
 def screen_of(embedding: Tensor) -> "Screen | None":
-    """None where it would not be faster (bf16 and VNNI make it so) or what is not finite would be missed."""
+    """None where it would not be faster (bf16 and VNNI make it so) or would miss what is not finite."""
     is_known = embedding.device.type == "cpu" and embedding.dtype == torch.bfloat16
-    if not is_known or embedding.shape[1] % LANES or not can_screen():
+    columns = embedding.shape[1]
+    if not is_known or columns % LANES or columns > MAX_COLUMNS or not can_screen():
         return None
     found = Screen(embedding)
-    return found if found.is_finite else None
+    return found if found.is_sound else None
 
 
 class Screen:
@@ -33,7 +35,7 @@ class Screen:
         self._embedding = embedding
         values, scales = quantize_weight(embedding)
         errors, self._largest = error_bounds(embedding, values, scales)
-        self.is_finite = bool(errors.isfinite().all())  # else tokens would be passed over
+        self.is_sound = bool(errors.isfinite().all()) and self._largest > LEAST_NORM
         past = -len(embedding) % TOKENS
         self._packed = pack(values, embedding.shape[1], len(embedding) + past)
         self._scales, self._errors = pad(scales, (0, past)), pad(errors, (0, past), value=torch.nan)

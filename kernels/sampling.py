@@ -19,6 +19,7 @@ from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.native.sampling import Slack, find_candidates
 
 GUMBEL_MAX = 23.0  # −log(−log1p(−2⁻³³)) = 22.874, and room for rounding
+EXACT_TOKENS = 4096  # at once: each is a row of the hidden states and one of the embedding
 NUCLEUS_START = 256  # tokens of a first look at the nucleus, which on real text is mostly enough
 NUCLEUS_SORT = 4096  # sorting that many takes less than another halving pass
 WEIGHTLESS = 104.0  # exp(−104) is 0 in fp32: tokens that far below the maximum have no mass
@@ -100,7 +101,8 @@ def draw(
     def logits_of(row: int, ids: Tensor) -> Tensor:
         if exact is None or slack is None:
             return logits[row, ids].float()
-        return exact(torch.full_like(ids, row), ids)
+        parts = ids.split(EXACT_TOKENS)
+        return torch.cat([exact(torch.full_like(part, row), part) for part in parts])
 
     chosen = []
     for each, ids in zip(draws, found, strict=True):

@@ -20,6 +20,7 @@
 #define LOWEST_NOISE -2.82f
 #define UPPER_LESS_LOWER 0.39f
 #define LN2 0.69314718f
+#define CAP_ERROR 0x1p-20f /* of capped, relative to the cap */
 
 typedef struct {
   vfloat upper, lower;
@@ -45,7 +46,7 @@ static inline vuint sixteen_from(int token) {
   return lanes + (uint32_t)token;
 }
 
-/* cap tanh(x / cap), off by at most cap 2^-20; x as it is where cap is 0. error: that, with its sign. */
+/* cap tanh(x / cap); x as it is where cap is 0. error: CAP_ERROR, with a sign, for a bound of what torch makes of it. */
 static inline vfloat capped(vfloat x, float cap, float error) {
   return cap == 0 ? x : splat(cap) * vtanh(x / splat(cap)) + splat(error * cap);
 }

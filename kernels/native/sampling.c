@@ -16,7 +16,6 @@
 #include "vectors.h"
 
 #define CAPACITY 64 /* candidates of a row; also in sampling.py */
-#define CAP_ERROR 0x1p-20f
 #define GROUP 4 /* vectors of a row that are looked at together */
 
 /* Lanes from row[start] on; those past the row's end are -inf. */

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cabochon.kernels.native.library import IS_FP32, function, library
+from cabochon.kernels.native.library import IS_FP32, check_floats, function, library
 
 CAPACITY = 64  # of the C source
 
@@ -46,7 +46,7 @@ def find_largest(logits: Tensor, slack: Slack | None = None) -> Largest | None:
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     num_tied = torch.empty(num_rows, dtype=torch.int32)
     function("cabochon_find_largest", "pliiipfpppi")(
-        *_described(logits), num_rows, *_slack_of(slack), highest.data_ptr(), token_ids.data_ptr(),
+        *_described(logits), num_rows, *_slack_of(slack, num_rows), highest.data_ptr(), token_ids.data_ptr(),
         num_tied.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return Largest(highest.to(logits.dtype), token_ids, num_tied)
@@ -76,7 +76,8 @@ def find_candidates(
     counts = torch.empty(num_draws, dtype=torch.int32)
     function("cabochon_find_candidates", "pliiippppffppi")(
         *_described(logits), num_draws, row_ids.data_ptr(), divisors.data_ptr(), noise_keys.data_ptr(),
-        *_slack_of(slack), cap or 0.0, token_ids.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
+        *_slack_of(slack, len(logits)), cap or 0.0, token_ids.data_ptr(), counts.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     found = zip(token_ids.long(), counts.tolist(), strict=True)
     return [ids[:count] if count > 0 else None for ids, count in found]
@@ -87,9 +88,12 @@ def _can_read(logits: Tensor) -> bool:
     return is_known and logits.stride(1) == 1 and logits.shape[1] > 0 and library() is not None
 
 
-def _slack_of(slack: Slack | None) -> tuple[int | None, float]:
+def _slack_of(slack: Slack | None, num_rows: int) -> tuple[int | None, float]:
     """Its address and its relative part."""
-    return (None, 0.0) if slack is None else (slack.absolute.data_ptr(), slack.relative)
+    if slack is None:
+        return None, 0.0
+    check_floats(slack.absolute, num_rows)
+    return slack.absolute.data_ptr(), slack.relative
 
 
 def _described(logits: Tensor) -> tuple[int, int, int, int]:

@@ -15,11 +15,10 @@
 #define GROUPS 16         /* of LANES tokens in a unit of work: they stay in the cache for all blocks */
 #define CAPACITY 8192     /* candidates of a row */
 #define DRAWN 64          /* of a draw, once their logits are known; also in screen.py */
-#define CAP_ERROR 0x1p-20f
 #define MOST_REPEATS 16   /* of a vector */
 #define LARGEST 127
 #define OFFSET 128        /* of the weight's bytes, which that instruction takes without a sign */
-#define TINY 1e-30f       /* the least limit: 127 by it is finite */
+#define TINY 1e-10f       /* squares of less, and of what is left of it, are nothing in fp32 */
 #define STANDING_OUT 4    /* elements of a row that may be larger than LARGEST */
 
 struct block {            /* rows of x, whose vectors are multiplied in order */
@@ -38,7 +37,7 @@ struct screen {
   const float *temperatures; /* [T], 0: the largest logit is wanted */
   const uint64_t *keys;   /* [T] */
   float cap;              /* of logits that are drawn from; 0: none */
-  int T, K, num_groups, is_fp32;
+  int T, N, K, num_groups, is_fp32;
   struct block *blocks;
   int32_t *values;        /* [T, K]: x in whole multiples of its scale */
   float *x_scales;        /* [T] */
@@ -73,15 +72,15 @@ INLINE void round_row(struct screen *s, int row, const int is_fp32) {
         }
   }
   const float norm = __builtin_sqrtf(sum_lanes(squares)) * 1.0001f;
-  const int is_finite = norm < __builtin_inff(); /* not NaN either */
+  const int is_told = norm < __builtin_inff() && (top[0] == 0 || top[0] > TINY); /* not NaN either */
   float limit = top[STANDING_OUT] > top[0] / MOST_REPEATS ? top[STANDING_OUT] : top[0] / MOST_REPEATS;
-  limit = limit > TINY && is_finite ? limit : TINY;
+  limit = limit > 0 && is_told ? limit : 1;
   const float scale = limit / LARGEST, inverse = LARGEST / limit;
   vfloat rest = {0};
   vint sum = {0};
   for (int i = 0; i < s->K; i += LANES) {
     const vfloat magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vfloat v = is_finite ? load(x, i, is_fp32) : splat(0.0f);
+    vfloat v = is_told ? load(x, i, is_fp32) : splat(0.0f);
     vfloat whole = (v * splat(inverse) + magic) - magic;
     vint values = __builtin_convertvector(whole, vint);
     memcpy(to + i, &values, sizeof values);
@@ -93,7 +92,7 @@ INLINE void round_row(struct screen *s, int row, const int is_fp32) {
   for (int lane = 0; lane < LANES; lane++) total += sum[lane];
   s->x_scales[row] = scale;
   s->sums[row] = total * OFFSET;
-  s->norms[row] = is_finite ? norm : __builtin_nanf("");
+  s->norms[row] = is_told ? norm : __builtin_nanf("");
   s->spread[row] = (__builtin_sqrtf(sum_lanes(rest)) * 1.0001f + norm * 0x1p-21f) * s->largest;
 }
 
@@ -168,10 +167,11 @@ static void raise_bound(uint32_t *bound, float to) {
 /* Rare. Which tokens may still win, and whether the bound rises by them. */
 static void enter(struct screen *s, int row, int token, vfloat low, vfloat high) {
   float bound = as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED));
-  for (int lane = 0; lane < LANES; lane++) bound = low[lane] > bound ? low[lane] : bound;
+  const int lanes = s->N - token < LANES ? s->N - token : LANES; /* not past the last token */
+  for (int lane = 0; lane < lanes; lane++) bound = low[lane] > bound ? low[lane] : bound;
   raise_bound(s->bounds + row, bound);
-  for (int lane = 0; lane < LANES; lane++) {
-    if (!(high[lane] >= bound)) continue; /* NaN, past the last token */
+  for (int lane = 0; lane < lanes; lane++) {
+    if (!(high[lane] >= bound)) continue; /* NaN too */
     const int place = __atomic_fetch_add(s->counts + row, 1, __ATOMIC_RELAXED);
     if (place >= CAPACITY) return;
     s->token_ids[(int64_t)row * CAPACITY + place] = token + lane;
@@ -275,14 +275,17 @@ INLINE void settle_row(struct screen *s, int row, const int is_fp32) {
   const float bound = as_float(s->bounds[row]);
   s->num_chosen[row] = count && count <= CAPACITY ? 0 : -1;
   int kept = 0, best = 0;
+  float broken = 0;
   for (int i = 0; i < count && count <= CAPACITY; i++) {
     if (highest[i] < bound) continue;
     token_ids[kept] = token_ids[i];
     highest[kept] = dot(x, at(s->embedding, (int64_t)token_ids[i] * s->K, is_fp32), s->K, is_fp32); /* the logit */
+    broken += highest[kept] * 0; /* NaN, of infinity too */
     const int is_lower = highest[kept] == highest[best] && token_ids[kept] < token_ids[best];
     if (highest[kept] > highest[best] || is_lower) best = kept;
     kept++;
   }
+  if (broken != 0) s->num_chosen[row] = -1;
   if (s->num_chosen[row] < 0) return;
   if (s->temperatures[row] != 0) {
     settle_draw(s, row, token_ids, highest, kept);
@@ -308,23 +311,23 @@ EXPORT int cabochon_can_screen(void) {
 #endif
 }
 
-/* x: [T, K], K a multiple of LANES, at most 2^17. weight: the bytes of quantize.pack, N' tokens, N' a multiple of 64;
-   scales, errors: [N'], NaN errors past N. embedding: [N, K]. Of each row [T] the largest logit is wanted where its
+/* x: [T, K], K a multiple of LANES, at most 2^15. weight: the bytes of quantize.pack, N' tokens, N up to a multiple of
+   64; scales, errors: [N']. embedding: [N, K]. Of each row [T] the largest logit is wanted where its
    temperature is 0; else a draw from logits, capped where cap is not 0, over the temperature, by the noise of its key.
    Writes chosen, logits: [T, DRAWN], and num_chosen: [T], how many: 1, or of a draw all that may win. -1 where too many
-   were left to be told apart here, or the row is not finite. Returns 0, or -1 without memory. */
+   were left to be told apart here, or the row or a logit is not finite. Returns 0, or -1 without memory. */
 EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *scales, const float *errors, float largest,
                            const void *embedding, const float *temperatures, const uint64_t *keys, float cap,
                            int32_t *chosen, float *logits, int32_t *num_chosen, int T, int N, int K, int is_fp32,
                            int num_threads) {
   const int num_blocks = (T + ROWS - 1) / ROWS, most = K / FOUR * MOST_REPEATS;
   const size_t rows = T, entries = (size_t)num_blocks * most;
-  char *memory = malloc(rows * ((size_t)K * 4 + 6 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
+  char *memory = malloc(64 + rows * ((size_t)K * 4 + 6 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
                         num_blocks * sizeof(struct block));
   if (!memory) return -1;
   struct screen s = {.x = x, .weight = weight, .scales = scales, .errors = errors, .embedding = embedding,
-                     .largest = largest, .temperatures = temperatures, .keys = keys, .cap = cap, .T = T, .K = K,
-                     .num_groups = N / LANES, .is_fp32 = is_fp32, .chosen = chosen, .logits = logits,
+                     .largest = largest, .temperatures = temperatures, .keys = keys, .cap = cap, .T = T, .N = N, .K = K,
+                     .num_groups = (N + 63) / 64 * (64 / LANES), .is_fp32 = is_fp32, .chosen = chosen, .logits = logits,
                      .num_chosen = num_chosen};
   char *next = memory;
   s.blocks = (struct block *)next, next += num_blocks * sizeof(struct block);

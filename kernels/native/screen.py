@@ -21,6 +21,7 @@ from cabochon.kernels.native.layers import LANES
 from cabochon.kernels.native.library import check, check_floats, describe, function, how, library
 
 TOKENS = 64  # the packed weight has a multiple of them
+MAX_COLUMNS = 1 << 15  # of the weight: more roundings of a sum than the bounds allow for
 DRAWN = 64  # of the C source: tokens that may be left of a draw
 
 
@@ -31,7 +32,7 @@ def can_screen() -> bool:
 
 class Screened(NamedTuple):
     """What is left of the vocabulary for each row: num_tokens [T] int32 of token_ids, logits [T, DRAWN]; −1
-    where too many are too near, or x is not finite."""
+    where too many are too near, or x is not finite, or so small that squares vanish."""
 
     token_ids: Tensor
     logits: Tensor
@@ -51,12 +52,12 @@ def screen(
     """The token with the largest logit of each row, or all that can win its draw.
 
     x: [T, K], bf16 or fp32, K a multiple of 16. packed: [N', K], of ŵ, by quantize.pack. scales: [N'] fp32.
-    errors: [N'] fp32, at least ‖w − ŵ‖ and the rounding of sums relative to ‖x‖, NaN past N. largest: at
-    least ‖ŵ‖ of every row. embedding: [N, K]. draws: temperature and noise key of each row that draws; cap:
-    of its logits. Raises ValueError if they do not fit, MemoryError.
+    errors: [N'] fp32, at least ‖w − ŵ‖ and the rounding of sums relative to ‖x‖. largest: at least ‖w‖ of
+    every row. embedding: [N, K]. draws: temperature and noise key of each row that draws; cap: of its logits.
+    Raises ValueError if they do not fit, MemoryError.
     """
     (T, K), padded = x.shape, len(packed)
-    check(embedding.shape[1] == K and K % LANES == 0 and 0 < K < 1 << 17, x, embedding)
+    check(embedding.shape[1] == K and K % LANES == 0 and 0 < K <= MAX_COLUMNS, x, embedding)
     if packed.shape != (padded, K) or packed.dtype != torch.uint8 or not packed.is_contiguous():
         raise ValueError(f"packed must be a contiguous [N', {K}] uint8, got {describe(packed)}")
     if padded != -(-len(embedding) // TOKENS) * TOKENS:
@@ -73,7 +74,7 @@ def screen(
     status = function("cabochon_screen", "ppppfpppfpppiiiii")(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), errors.data_ptr(), largest, embedding.data_ptr(),
         temperatures.data_ptr(), keys.data_ptr(), cap or 0.0, *(part.data_ptr() for part in found),
-        T, padded, K, *how(x),
+        T, len(embedding), K, *how(x),
     )  # fmt: skip
     if status:
         raise MemoryError(f"a head of {len(embedding)} tokens needs memory for the candidates of {T} rows")

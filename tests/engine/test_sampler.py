@@ -103,6 +103,17 @@ def test_what_is_within_the_slack_is_settled_too() -> None:
     assert chosen(0.125, 0.0625) == [9]
 
 
+def test_an_infinite_logit_is_not_finite_with_slack_too() -> None:
+    def never(_: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("there is nothing to settle")
+
+    bench = Bench(GREEDY)
+    logits = logits_of({3: float("inf")}, dtype=torch.bfloat16)
+    slack = Slack(torch.tensor([0.1]), 0.1)
+    result = bench.sampler.sample(logits, np.array(bench.row_ids, np.int32), bench.rows, never, slack)
+    assert not result.is_finite.any()
+
+
 def test_bias_and_penalties_come_after_the_cap() -> None:
     bench = Bench(SamplingParams(temperature=0, logit_bias={20: 2.0}), softcap=30.0)
     assert bench.sample(logits_of({3: 400.0, 20: 60.0})) == [20]  # 30 against 28.9 + 2

@@ -1,5 +1,6 @@
 """Steps without logits: the same tokens alone, among others and by the logits, or no screen at all."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tools import absent
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from cabochon.engine.llm import LLM
 from cabochon.engine.models.native_gemma import NativeGemma
@@ -38,6 +40,7 @@ def test_there_is_a_screen_where_it_is_faster_and_misses_nothing() -> None:
     assert screen_of(embedding) is not None
     assert screen_of(embedding.float()) is None
     assert screen_of(random(100, 72)) is None
+    assert screen_of(embedding * 1e-20) is None
     for broken in (torch.nan, torch.inf):
         embedding[70, 3] = broken
         assert screen_of(embedding) is None
@@ -119,15 +122,46 @@ def test_tokens_are_the_same_alone_and_beside_others_and_by_the_logits(
     assert llm.info.weight_bytes > plain.info.weight_bytes
 
 
+@pytest.fixture
+def alike_dir(tiny_gemma3_dir: Path, tmp_path: Path) -> str:
+    """A model whose tokens are nearly the same, so that rounding decides if it may."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gemma3_dir)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.copy_(weight[40] + 0.01 * weight)
+    model.save_pretrained(tmp_path)
+    shutil.copy(tiny_gemma3_dir / "tokenizer.json", tmp_path)
+    return str(tmp_path)
+
+
 @pytest.mark.usefixtures("_vnni")
-@pytest.mark.parametrize("name", ["logprobs", "min_tokens", "logit_bias", "top_k"])
+def test_tokens_that_are_nearly_the_same_are_told_apart_in_any_company(
+    alike_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(alike_dir, dtype="bf16", kv_cache_gib=0.02, threads=1, prefix_caching=False)
+    params = [GREEDY, *(replace(DRAWN, seed=seed, temperature=0.01) for seed in range(3))] * 2
+    spy = Spy(monkeypatch)
+    screened = tokens(llm, params)
+    assert spy.num_steps >= 40
+    monkeypatch.setattr(NativeGemma, "next_tokens", lambda *_: None)
+    assert tokens(llm, params) == screened
+    monkeypatch.setattr(NativeGemma, "slack", lambda *_: None)
+    rounded = tokens(llm, params)
+    assert any(rounded[i] != screened[i] for i in range(8) if i % 4), "draws of rounded logits are others"
+
+
+@pytest.mark.usefixtures("_vnni")
+@pytest.mark.parametrize(
+    "name", ["logprobs", "min_tokens", "logit_bias", "top_k", "top_p", "min_p", "presence_penalty"]
+)
 def test_whoever_wants_more_than_a_token_gets_logits(
     tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    fields: dict[str, object] = {name: {9: 1.0} if name == "logit_bias" else 2}
+    values = {"logit_bias": {9: 1.0}, "top_p": 0.5, "min_p": 0.5}
+    fields: dict[str, object] = {name: values.get(name, 2)}
     spy = Spy(monkeypatch)
     llm = LLM(str(tiny_gemma2_dir), dtype="bf16", kv_cache_gib=0.02, threads=1)
-    temperature = 1.0 if name == "top_k" else 0.0
+    temperature = float(name in ("top_k", "top_p", "min_p"))
     llm.generate([[9, 10]], SamplingParams(temperature=temperature, max_tokens=2, **fields))
     assert spy.num_steps == 0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from cabochon.engine.int8_linear import error_bounds
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.native.quantize import pack, quantize_weight
-from cabochon.kernels.native.screen import TOKENS, can_screen, entries, screen
+from cabochon.kernels.native.screen import MAX_COLUMNS, TOKENS, can_screen, entries, screen
 from cabochon.kernels.sampling import Draw, gumbel_argmax_reference, noise_key, winner
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -164,7 +164,9 @@ def test_rows_that_cannot_be_told_are_named_and_no_others() -> None:
     expected = likeliest(x, embedding)
     x[1] = 0
     x[3, 5], x[17, 0], x[23, 63] = torch.nan, torch.inf, -torch.inf
-    for row in (1, 3, 17, 23):
+    x[5] *= 1e-24
+    x[7] *= 1e20
+    for row in (1, 3, 5, 7, 17, 23):
         expected[row] = -1
     assert screened(x, embedding) == expected
     assert screened(x[:2], embedding[:1].repeat(9000, 1)) == [-1, -1], "too many candidates"
@@ -188,7 +190,7 @@ def test_a_row_has_its_token_in_every_batch_and_by_any_thread() -> None:
 
 
 def test_sums_of_the_largest_values_do_not_overflow() -> None:
-    embedding, x = torch.ones(70, 20_000), torch.ones(3, 20_000)
+    embedding, x = torch.ones(70, MAX_COLUMNS), torch.ones(3, MAX_COLUMNS)
     embedding[50] = 1.5
     x[1] = -1
     x[2, :4] = 1e6
@@ -211,8 +213,9 @@ def test_only_vnni_makes_it_worth_while(build: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     packed, vector = torch.zeros((64, 32), dtype=torch.uint8), torch.zeros(64)
-    x, embedding = random(2, 32), random(50, 32)
-    screen(x, packed, vector, vector, 1.0, embedding)
+    x, embedding = random(2, 32), random(64, 32)[:50]
+    found = screen(x, packed, vector, vector, 1.0, embedding)
+    assert (found.token_ids[:, 0] < 50).all(), "no token past the last one"
     for wrong in (
         (x[:, :16].contiguous(), packed, vector, vector, 1.0, embedding),
         (x, packed.view(torch.int8), vector, vector, 1.0, embedding),
