@@ -101,7 +101,7 @@ def draw(
     def logits_of(row: int, ids: Tensor) -> Tensor:
         if exact is None or slack is None:
             return logits[row, ids].float()
-        parts = ids.split(EXACT_TOKENS)
+        parts = torch.split(ids, EXACT_TOKENS)
         return torch.cat([exact(torch.full_like(part, row), part) for part in parts])
 
     chosen = []

@@ -1,6 +1,6 @@
 """The likeliest tokens of real hidden rows, by the packed head and by its screen, in turn. CPU with VNNI.
 
-python benchmarks/kernels/bench_screen.py --rows 1 4 16 64 --out FILE
+python benchmarks/head_screen.py --rows 1 4 16 64 --out FILE
 """
 
 import argparse
