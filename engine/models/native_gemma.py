@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cabochon.engine.int8_linear import Int8Head
 from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.fused import FusedGemma, FusedKernels
@@ -42,8 +43,8 @@ class NativeGemma(FusedGemma):
         make_head: MakeLinear | None = None,
     ) -> None:
         super().__init__(config, load, max_model_len, make_linear, make_head)
-        # In int8 the head finds the largest itself, and fp8 is another model's
-        self._screen = screen_of(self._embedding) if isinstance(self._head, Linear) else None
+        is_known = isinstance(self._head, Linear | Int8Head)  # an fp8 head is another model's
+        self._screen = screen_of(self._embedding) if is_known else None
 
     @staticmethod
     def load_kernels() -> FusedKernels:
@@ -54,12 +55,20 @@ class NativeGemma(FusedGemma):
         return super().num_bytes + (self._screen.num_bytes if self._screen else 0)
 
     def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int] | None:
-        if self._screen is None:
+        is_drawn = any(draw is not None for draw in draws)
+        if self._screen is None or (is_drawn and not self._has_exact_logits):
             return None
         return self._screen(self.normed(hidden), draws, self.config.final_softcap)
 
     def slack(self, hidden: Tensor) -> Slack | None:
-        return self._screen.slack(self.normed(hidden)) if self._screen else None
+        if self._screen is None or not self._has_exact_logits:
+            return None
+        return self._screen.slack(self.normed(hidden))
+
+    @property
+    def _has_exact_logits(self) -> bool:
+        """But for rounding. In int8 only the largest are, and draws are from what the head makes of all."""
+        return isinstance(self._head, Linear)
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         if self._screen is None:

@@ -166,7 +166,25 @@ def test_whoever_wants_more_than_a_token_gets_logits(
     assert spy.num_steps == 0
 
 
-@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"quantization": "int8"}, {"quantization": "fp8"}])
+@pytest.mark.usefixtures("_vnni")
+def test_int8_has_a_screen_for_greedy_steps_alone(
+    tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    options = {"dtype": "bf16", "kv_cache_gib": 0.02, "threads": 1, "prefix_caching": False}
+    llm = LLM(str(tiny_gemma2_dir), quantization="int8", **options)
+    screened = tokens(llm, [GREEDY] * 8)
+    assert spy.num_steps >= 40
+    spy.num_steps = 0
+    mixed = tokens(llm, [GREEDY, DRAWN] * 4)
+    assert spy.num_steps == 0
+    assert mixed[::2] == screened[::2]
+    monkeypatch.setattr(NativeGemma, "next_tokens", lambda *_: None)
+    assert tokens(llm, [GREEDY] * 8) == screened
+    assert tokens(llm, [GREEDY, DRAWN] * 4) == mixed
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"quantization": "fp8"}])
 def test_other_heads_have_no_screen(
     tiny_gemma2_dir: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ) -> None:
