@@ -74,7 +74,7 @@ def request_of(index: int) -> GenerateRequest:
     return GenerateRequest(request_id=f"{index}", prompt_ids=ids, params=params)
 
 
-def core_of(num_running: int) -> tuple[EngineCore, HostOnlyRunner]:
+def core_of(num_running: int, churn: int = 0) -> EngineCore:
     """An engine with that many decodes, whose graphs are never replayed."""
     rows = Rows(max_seqs=num_running, max_model_len=CONTEXT, num_groups=len(WINDOWS), page_tokens=PAGE_TOKENS)
     cache = KVCache(rows, PagePool(num_running * 2 * CONTEXT // PAGE_TOKENS), PageHasher(b"key"), WINDOWS)
@@ -95,7 +95,8 @@ def core_of(num_running: int) -> tuple[EngineCore, HostOnlyRunner]:
     runner.add_graphs([num_running], lambda work: lambda: None)
     graph = SimpleNamespace(row_ids=torch.empty(num_running), tiles=None)
     runner.graphs._graphs[num_running, False] = graph  # type: ignore
-    return core, runner
+    runner.churn = churn
+    return core
 
 
 class NoAttention:
@@ -107,8 +108,7 @@ class NoAttention:
 
 def measure(num_running: int, steps: int, churn: int = 0) -> dict[str, object]:
     """Milliseconds until a step is launched, and for the results of one."""
-    core, runner = core_of(num_running)
-    runner.churn, num_requests = churn, num_running
+    core, num_requests = core_of(num_running, churn), num_running
     gc.collect()
     gc.freeze()  # as the engine process does
     times_ns = np.empty((steps, 2, 2))  # of the CPU and of the wall, each before and after the launch
