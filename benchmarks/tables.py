@@ -179,6 +179,15 @@ def peers(rows: Sequence[Row]) -> list[str]:
     return _table(head, cells)
 
 
+def head_screen(rows: Sequence[Row]) -> list[str]:
+    """`head_screen.py`: a line for each number of rows."""
+    cells = [
+        (f"{row['rows']}", f"{row['head_ms']:.1f} ms", f"{row['screen_ms']:.1f} ms", f"{row['ratio']:.2f}")
+        for row in rows
+    ]
+    return _table(("rows", "by logits", "by the screen", f"ratio, median of {rows[0]['repeats']}"), cells)
+
+
 def quality(rows: Sequence[Row]) -> list[str]:
     """`quantization_quality.py`: a line for each approximation."""
     cells = [
@@ -282,6 +291,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "processes": processes,
     "latency": latency,
     "serving": serving,
+    "head-screen": head_screen,
     "quality": quality,
     "peers": peers,
     "armor-ttft": armor_ttft,
