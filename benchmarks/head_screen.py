@@ -58,7 +58,9 @@ def main() -> None:
         x, embedding = hidden_rows(args.model, max(args.rows))
         head, screen = Linear(embedding), screen_of(embedding)
         if screen is None:
-            raise SystemExit("a screen needs a CPU with VNNI, and the C library: there is none here")
+            raise SystemExit(
+                "the head must have a screen, got none: take a CPU with VNNI, and a C compiler to install"
+            )
         expected = (x.double() @ embedding.double().T).argmax(1).tolist()
         assert screen(x, [None] * len(x), None) == expected
         for count in args.rows:

@@ -18,7 +18,7 @@ BF16_ROUNDING = 2.0**-8  # at most, relative to a value
 
 
 def screen_of(embedding: Tensor) -> "Screen | None":
-    """None where it would not be faster (bf16 and VNNI make it so) or would miss what is not finite."""
+    """None without bf16 and VNNI, for which alone it was timed, or where it would miss what is not finite."""
     is_known = embedding.device.type == "cpu" and embedding.dtype == torch.bfloat16
     columns = embedding.shape[1]
     if not is_known or columns % LANES or columns > MAX_COLUMNS or not can_screen():

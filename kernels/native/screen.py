@@ -26,7 +26,7 @@ DRAWN = 64  # of the C source: tokens that may be left of a draw
 
 
 def can_screen() -> bool:
-    """Whether this CPU has the instruction (VNNI) that makes it faster than the product itself."""
+    """Whether this CPU has the instruction that it is made for (VNNI)."""
     return library() is not None and bool(function("cabochon_can_screen", "")())
 
 
