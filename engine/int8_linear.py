@@ -58,7 +58,10 @@ class Int8Head:
         self.out_features, self.in_features = embedding.shape
         self._embedding = embedding
         self._values, self._scales = quantize_weight(embedding)
-        self._errors, self._largest = error_bounds(embedding, self._values, self._scales)
+        errors, self._largest = error_bounds(embedding, self._values, self._scales)
+        # Of sums in fp32, relative to the product of norms.
+        sum_error = (self.in_features / LANES + SUM_ROUNDINGS) * 2.0**-24
+        self._errors = errors.add_(sum_error * self._largest)
         self.num_bytes = self._values.nbytes + self._scales.nbytes + self._errors.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,11 +86,10 @@ def _check_shape(weight: Tensor) -> None:
 
 
 def error_bounds(weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, float]:
-    """How far entries may be off, relative to ‖x‖: by ‖w − ŵ‖ and by sums in fp32. And the largest norm.
+    """At least ‖w − ŵ‖ of every row, and the largest ‖w‖ or ‖ŵ‖.
 
     weight: [n, k]. values, scales: of quantize_weight. Returns [n] fp32, not finite where the weight is not.
     """
     errors, norms = quantization_errors(weight, values, scales)
     largest = float((norms + errors).max())  # of ‖w‖ too
-    sum_error = (weight.shape[1] / LANES + SUM_ROUNDINGS) * 2.0**-24  # relative to the product of norms
-    return errors.add_(sum_error * largest).mul_(1.0001), largest * 1.0001  # roundings of themselves
+    return errors.mul_(1.0001), largest * 1.0001  # roundings of themselves

@@ -5,6 +5,7 @@ Knows nothing of requests, queues or who owns a page.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -159,9 +160,19 @@ class Runner(StepRunner):
 
     def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
         draws = self.sampler.draws(sampling, rows)
-        token_ids = None if draws is None else self._model.next_tokens(hidden, draws)
-        if token_ids is not None:
-            return StepResult(np.array(token_ids, np.int32), np.ones(len(sampling), np.bool_))
+        told = None if draws is None else self._model.next_tokens(hidden, draws)
+        if told is None:
+            return self._sample_logits(hidden, sampling, rows)
+        left = [index for index, token_id in enumerate(told) if token_id is None]
+        token_ids = np.array([0 if token_id is None else token_id for token_id in told], np.int32)
+        is_finite = np.ones(len(told), np.bool_)
+        if not left:
+            return StepResult(token_ids, is_finite)
+        found = self._sample_logits(hidden[left], sampling[left], rows)
+        token_ids[left], is_finite[left] = found.token_ids, found.is_finite
+        return replace(found, token_ids=token_ids, is_finite=is_finite)
+
+    def _sample_logits(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
         logits = self.logits(hidden)
         exact, slack = self._exact(hidden, logits), self._model.slack(hidden)
         return self.sampler.sample(logits, sampling, rows, exact, slack)

@@ -41,22 +41,22 @@ class Screen:
         self._scales, self._errors = pad(scales, (0, past)), pad(errors, (0, past), value=torch.nan)
         self.num_bytes = self._packed.nbytes + self._scales.nbytes + self._errors.nbytes
 
-    def __call__(self, x: Tensor, draws: Sequence[Draw | None], cap: float | None) -> list[int] | None:
+    def __call__(self, x: Tensor, draws: Sequence[Draw | None], cap: float | None) -> list[int | None]:
         """The next tokens: of each row the one with the largest product in fp32, the lowest of those that
         share it; or what its draw gives from those products, capped.
 
-        x: [R, E]. draws: [R]. None if there is a row for which logits must be looked at: it is not finite, or
-        they are all alike.
+        x: [R, E]. draws: [R]. None for a row whose logits must be looked at: it is not finite, or they are
+        all alike.
         """
         keyed = [None if d is None else (d.temperature, noise_key(d.seed, d.position)) for d in draws]
         weight = self._packed, self._scales, self._errors, self._largest
         found = screen(x.contiguous(), *weight, self._embedding, keyed, cap)
         counts = found.num_tokens.tolist()
-        if min(counts, default=1) < 1:
-            return None
-        chosen: list[int] = found.token_ids[:, 0].tolist()
+        chosen: list[int | None] = found.token_ids[:, 0].tolist()
         for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
-            if draw is not None and count > 1:
+            if count < 1:
+                chosen[row] = None
+            elif draw is not None and count > 1:
                 token_ids, order = found.token_ids[row, :count].long().sort()
                 chosen[row] = winner(draw, token_ids, found.logits[row, :count][order], cap)
         return chosen

@@ -172,10 +172,10 @@ class Gemma:
         # unquantized embedding would choose among them, and fill in log probabilities, by another model.
         return self._head.exact(self.normed(hidden), self._embedding.index_select(0, token_ids))
 
-    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int] | None:
+    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int | None] | None:
         """The likeliest token of each row, or that of its draw, found without logits. hidden: [R, E].
 
-        None if that cannot be had, or not for one of these rows: look at the logits then.
+        None where that cannot be had, for all or for single rows: look at their logits then.
         """
         return None
 

@@ -54,7 +54,7 @@ class NativeGemma(FusedGemma):
     def num_bytes(self) -> int:
         return super().num_bytes + (self._screen.num_bytes if self._screen else 0)
 
-    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int] | None:
+    def next_tokens(self, hidden: Tensor, draws: Sequence[Draw | None]) -> list[int | None] | None:
         is_drawn = any(draw is not None for draw in draws)
         if self._screen is None or (is_drawn and not self._has_exact_logits):
             return None

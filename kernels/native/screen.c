@@ -13,13 +13,17 @@
 #define FOUR 4            /* elements that a vector has of each token */
 #define ROWS 16           /* of x in a block: as many sums stay in registers */
 #define GROUPS 16         /* of LANES tokens in a unit of work: they stay in the cache for all blocks */
-#define CAPACITY 8192     /* candidates of a row */
+#define CAPACITY 32768    /* candidates of a row; also in screen.py */
+#define PIECE 256         /* of them in a unit of work */
 #define DRAWN 64          /* of a draw, once their logits are known; also in screen.py */
 #define MOST_REPEATS 16   /* of a vector */
 #define LARGEST 127
 #define OFFSET 128        /* of the weight's bytes, which that instruction takes without a sign */
 #define TINY 1e-10f       /* squares of less, and of what is left of it, are nothing in fp32 */
 #define STANDING_OUT 4    /* elements of a row that may be larger than LARGEST */
+#define APART 32          /* at most, of the largest elements whose errors are bounded one by one */
+#define ROUNDINGS 40      /* of a sum, beside one for each vector: trees, conversions, scales, these bounds */
+#define HALF 0.5001f      /* of a scale: the most that rounding has changed an element of the weight */
 
 struct block {            /* rows of x, whose vectors are multiplied in order */
   int num_rows, num_entries;
@@ -31,7 +35,7 @@ struct screen {
   const void *x;          /* [T, K] */
   const uint8_t *weight;  /* [N' / LANES, K / FOUR, LANES, FOUR] */
   const float *scales;    /* [N'] */
-  const float *errors;    /* [N'], NaN past N */
+  const float *errors;    /* [N'], of the rounded weight's rows; NaN past N */
   const void *embedding;  /* [N, K] */
   float largest;          /* of the weight's norms */
   const float *temperatures; /* [T], 0: the largest logit is wanted */
@@ -42,34 +46,54 @@ struct screen {
   int32_t *values;        /* [T, K]: x in whole multiples of its scale */
   float *x_scales;        /* [T] */
   int32_t *sums;          /* [T], of values, times OFFSET */
-  float *norms, *spread;  /* [T]: of x; of what its rounding has changed, times the largest norm of the weight */
+  /* What products are off by is at most edges * scales + rests * errors + spread */
+  float *edges, *rests, *spread; /* [T] */
   uint32_t *bounds;       /* [T] floats: the largest lower bound so far */
   int *counts;            /* [T], of candidates, those beyond CAPACITY too */
-  int32_t *token_ids;     /* [T, CAPACITY] */
-  float *highest;         /* [T, CAPACITY]: upper bounds */
+  int32_t *token_ids;     /* [T, CAPACITY], -1: cannot win after all */
+  float *highest;         /* [T, CAPACITY]: upper bounds, then the logits */
+  int num_pieces;         /* of a row */
   int32_t *chosen;        /* [T, DRAWN] */
   float *logits;          /* [T, DRAWN] */
   int32_t *num_chosen;    /* [T] */
 };
 
+/* Enters |x| into those that are largest, descending. */
+static void insert(float *top, float size) {
+  int place = APART;
+  for (; place > 0 && size > top[place - 1]; place--) top[place] = top[place - 1];
+  top[place] = size;
+}
+
+/* |x (w - w')| <= sum of |x_i| HALF scale over some of the elements, + |rest of x| |rest of w - w'|: the largest of x
+   are few and the same few hold half of its norm or more, while what rounding has changed is spread evenly. */
+static void bound_row(struct screen *s, int row, const float *top, float norm) {
+  const double squares = (double)norm * norm, ratio = __builtin_sqrt(s->K / 12.0); /* of errors to scales, about */
+  double sum = 0, rest = squares, least = __builtin_inf();
+  s->edges[row] = s->rests[row] = 0;
+  for (int m = 0; m <= APART && m <= s->K; m++) {
+    const double root = rest > 0 ? __builtin_sqrt(rest) : 0, total = HALF * sum + ratio * root;
+    if (total < least) {
+      least = total;
+      s->edges[row] = (float)(HALF * sum * 1.000001);
+      s->rests[row] = (float)(root * 1.000001);
+    }
+    sum += top[m], rest -= (double)top[m] * top[m];
+  }
+}
+
 /* Whole multiples of a scale, by which all but STANDING_OUT elements are at most LARGEST. */
 INLINE void round_row(struct screen *s, int row, const int is_fp32) {
   const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
   int32_t *to = s->values + (int64_t)row * s->K;
-  float top[STANDING_OUT + 1] = {0}; /* descending */
+  float top[APART + 1] = {0}; /* descending */
   vfloat squares = {0};
   for (int i = 0; i < s->K; i += LANES) {
     vfloat v = load(x, i, is_fp32);
     squares = squares + v * v;
     vfloat size = (vfloat)((vint)v & 0x7FFFFFFF);
-    if (max_lanes(size) <= top[STANDING_OUT]) continue;
     for (int lane = 0; lane < LANES; lane++)
-      for (int place = 0; place <= STANDING_OUT; place++)
-        if (size[lane] > top[place]) {
-          for (int below = STANDING_OUT; below > place; below--) top[below] = top[below - 1];
-          top[place] = size[lane];
-          break;
-        }
+      if (size[lane] > top[APART]) insert(top, size[lane]);
   }
   const float norm = __builtin_sqrtf(sum_lanes(squares)) * 1.0001f;
   const int is_told = norm < __builtin_inff() && (top[0] == 0 || top[0] > TINY); /* not NaN either */
@@ -92,8 +116,9 @@ INLINE void round_row(struct screen *s, int row, const int is_fp32) {
   for (int lane = 0; lane < LANES; lane++) total += sum[lane];
   s->x_scales[row] = scale;
   s->sums[row] = total * OFFSET;
-  s->norms[row] = is_told ? norm : __builtin_nanf("");
-  s->spread[row] = (__builtin_sqrtf(sum_lanes(rest)) * 1.0001f + norm * 0x1p-21f) * s->largest;
+  bound_row(s, row, top, norm);
+  const float roundings = (s->K / LANES + ROUNDINGS) * 0x1p-24f; /* of the sums in fp32 that are compared */
+  s->spread[row] = is_told ? (__builtin_sqrtf(sum_lanes(rest)) * 1.0001f + norm * roundings) * s->largest : __builtin_nanf("");
 }
 
 static void round_unit(void *arguments, int row) {
@@ -198,7 +223,8 @@ INLINE void multiply(struct screen *s, const struct block *b, int first, int gro
     for (int c = 0; c < C; c++) {
       const int token = (group + c) * LANES;
       const vfloat scale = load_fp32(s->scales + token) * splat(s->x_scales[row]);
-      const vfloat margin = load_fp32(s->errors + token) * splat(s->norms[row]) + splat(s->spread[row]);
+      const vfloat of_edges = load_fp32(s->scales + token) * splat(s->edges[row]);
+      const vfloat margin = load_fp32(s->errors + token) * splat(s->rests[row]) + of_edges + splat(s->spread[row]);
       const vfloat value = __builtin_convertvector(sums[r][c] - s->sums[row], vfloat) * scale;
       const vfloat bound = splat(as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED)));
       vfloat high = value + margin;
@@ -265,21 +291,37 @@ static void settle_draw(struct screen *s, int row, const int32_t *token_ids, con
     }
 }
 
-/* The largest product of the embedding among the candidates, the lowest token of those that share it; or of a draw all
-   that may win. */
-INLINE void settle_row(struct screen *s, int row, const int is_fp32) {
+/* The products of the embedding for some of a row's candidates, of those that still can win. */
+INLINE void weigh(struct screen *s, int row, int first, const int is_fp32) {
   const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
+  const int last = first + PIECE < s->counts[row] ? first + PIECE : s->counts[row];
+  int32_t *token_ids = s->token_ids + (int64_t)row * CAPACITY;
+  float *highest = s->highest + (int64_t)row * CAPACITY;
+  for (int i = first; i < last && s->counts[row] <= CAPACITY; i++) {
+    if (highest[i] < as_float(s->bounds[row])) token_ids[i] = -1;
+    else highest[i] = dot(x, at(s->embedding, (int64_t)token_ids[i] * s->K, is_fp32), s->K, is_fp32);
+  }
+}
+
+static void weigh_unit(void *arguments, int unit) {
+  struct screen *s = arguments;
+  if (s->is_fp32) weigh(s, unit / s->num_pieces, unit % s->num_pieces * PIECE, 1);
+  else weigh(s, unit / s->num_pieces, unit % s->num_pieces * PIECE, 0);
+}
+
+/* The largest product among the candidates, the lowest token of those that share it; or of a draw all that may win. */
+static void settle_unit(void *arguments, int row) {
+  struct screen *s = arguments;
   int32_t *token_ids = s->token_ids + (int64_t)row * CAPACITY;
   float *highest = s->highest + (int64_t)row * CAPACITY;
   const int count = s->counts[row];
-  const float bound = as_float(s->bounds[row]);
   s->num_chosen[row] = count && count <= CAPACITY ? 0 : -1;
   int kept = 0, best = 0;
   float broken = 0;
   for (int i = 0; i < count && count <= CAPACITY; i++) {
-    if (highest[i] < bound) continue;
+    if (token_ids[i] < 0) continue;
     token_ids[kept] = token_ids[i];
-    highest[kept] = dot(x, at(s->embedding, (int64_t)token_ids[i] * s->K, is_fp32), s->K, is_fp32); /* the logit */
+    highest[kept] = highest[i];
     broken += highest[kept] * 0; /* NaN, of infinity too */
     const int is_lower = highest[kept] == highest[best] && token_ids[kept] < token_ids[best];
     if (highest[kept] > highest[best] || is_lower) best = kept;
@@ -294,12 +336,6 @@ INLINE void settle_row(struct screen *s, int row, const int is_fp32) {
   s->chosen[(int64_t)row * DRAWN] = token_ids[best];
   s->logits[(int64_t)row * DRAWN] = highest[best];
   s->num_chosen[row] = 1;
-}
-
-static void settle_unit(void *arguments, int row) {
-  struct screen *s = arguments;
-  if (s->is_fp32) settle_row(s, row, 1);
-  else settle_row(s, row, 0);
 }
 
 /* Whether this library has the instruction that makes it worth while. */
@@ -322,7 +358,7 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
                            int num_threads) {
   const int num_blocks = (T + ROWS - 1) / ROWS, most = K / FOUR * MOST_REPEATS;
   const size_t rows = T, entries = (size_t)num_blocks * most;
-  char *memory = malloc(64 + rows * ((size_t)K * 4 + 6 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
+  char *memory = malloc(64 + rows * ((size_t)K * 4 + 7 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
                         num_blocks * sizeof(struct block));
   if (!memory) return -1;
   struct screen s = {.x = x, .weight = weight, .scales = scales, .errors = errors, .embedding = embedding,
@@ -334,7 +370,8 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
   s.values = (int32_t *)next, next += rows * K * 4;
   s.x_scales = (float *)next, next += rows * 4;
   s.sums = (int32_t *)next, next += rows * 4;
-  s.norms = (float *)next, next += rows * 4;
+  s.edges = (float *)next, next += rows * 4;
+  s.rests = (float *)next, next += rows * 4;
   s.spread = (float *)next, next += rows * 4;
   s.bounds = (uint32_t *)next, next += rows * 4;
   s.counts = (int *)next, next += rows * 4;
@@ -354,6 +391,12 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
   for_each(round_unit, &s, T, T < 8 ? 1 : num_threads);
   for_each(order_unit, &s, num_blocks, num_threads);
   for_each(multiply_unit, &s, (s.num_groups + GROUPS - 1) / GROUPS, num_threads);
+  s.num_pieces = 1;
+  for (int row = 0; row < T; row++) {
+    const int pieces = ((s.counts[row] < CAPACITY ? s.counts[row] : CAPACITY) + PIECE - 1) / PIECE;
+    s.num_pieces = pieces > s.num_pieces ? pieces : s.num_pieces;
+  }
+  for_each(weigh_unit, &s, T * s.num_pieces, num_threads);
   for_each(settle_unit, &s, T, num_threads);
   free(memory);
   return 0;

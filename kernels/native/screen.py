@@ -1,7 +1,8 @@
 """Which token has the largest logit, or wins a draw, from a copy of the head in 8 bits: exactly. In C.
 
-Math     |x·w − x̂·ŵ| ≤ ‖x‖ ‖w − ŵ‖ + ‖x − x̂‖ ‖ŵ‖. Who has an upper bound below another's lower one cannot win;
-         the products of the others, a hundred of 262,144, are computed from the embedding, and compared
+Math     |x·w − x̂·ŵ| ≤ |x|·|w − ŵ| + ‖x − x̂‖ ‖ŵ‖, the first at most ½ scale Σ|x| over the largest elements of
+         x, and ‖x‖ ‖w − ŵ‖ of the rest. Who has an upper bound below another's lower one cannot win; the
+         products of the others, a hundred of 262,144, are computed from the embedding, and compared
 Traffic  a byte for each weight instead of two, read once for 16 rows; no logits are written
 Draws    the same, of capped logits over a temperature, with bounds of each token's noise (noise.h)
 Bits     the winner by sums in fp32, the lowest token of those that share it: the same in every batch
@@ -23,6 +24,7 @@ from cabochon.kernels.native.library import check, check_floats, describe, funct
 TOKENS = 64  # the packed weight has a multiple of them
 MAX_COLUMNS = 1 << 15  # of the weight: more roundings of a sum than the bounds allow for
 DRAWN = 64  # of the C source: tokens that may be left of a draw
+CAPACITY = 1 << 15  # of the C source: candidates of a row
 
 
 def can_screen() -> bool:
@@ -52,7 +54,7 @@ def screen(
     """The token with the largest logit of each row, or all that can win its draw.
 
     x: [T, K], bf16 or fp32, K a multiple of 16. packed: [N', K], of ŵ, by quantize.pack. scales: [N'] fp32.
-    errors: [N'] fp32, at least ‖w − ŵ‖ and the rounding of sums relative to ‖x‖. largest: at least ‖w‖ of
+    errors: [N'] fp32, at least ‖w − ŵ‖, of which no element is above half its scale. largest: at least ‖w‖ of
     every row. embedding: [N, K]. draws: temperature and noise key of each row that draws; cap: of its logits.
     Raises ValueError if they do not fit, MemoryError.
     """

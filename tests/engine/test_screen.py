@@ -55,13 +55,14 @@ def test_without_vnni_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_vnni")
-def test_a_row_that_cannot_be_told_has_all_rows_looked_at() -> None:
+def test_a_row_that_cannot_be_told_is_named() -> None:
     screen, x = Screen(random(9000, 64)), random(3, 64, seed=1)
     for draws in ([None] * 3, [Draw(row, 1.0, 7, row) for row in range(3)]):
         x[1] = 1
-        assert screen(x, draws, None) is not None
+        told = screen(x, draws, None)
+        assert None not in told
         x[1] = torch.nan
-        assert screen(x, draws, None) is None
+        assert screen(x, draws, None) == [told[0], None, told[2]]
 
 
 @pytest.mark.usefixtures("_vnni")
@@ -87,7 +88,7 @@ class Spy:
         self.num_steps = 0
         next_tokens = NativeGemma.next_tokens
 
-        def spied(*args: Any) -> list[int] | None:
+        def spied(*args: Any) -> list[int | None] | None:
             found = next_tokens(*args)
             self.num_steps += found is not None
             return found
@@ -123,6 +124,36 @@ def test_tokens_are_the_same_alone_and_beside_others_and_by_the_logits(
     plain = LLM(directory, **options)
     assert tokens(plain, [GREEDY] * 8)[::4] == screened[::4], "draws are of rounded logits there"
     assert llm.info.weight_bytes > plain.info.weight_bytes
+
+
+@pytest.mark.usefixtures("_vnni")
+@pytest.mark.parametrize("model", ["tiny_gemma2_dir", "tiny_gemma3_dir"])
+def test_rows_that_are_left_are_told_by_their_logits_and_no_others(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    options = {"dtype": "bf16", "kv_cache_gib": 0.02, "threads": 1, "prefix_caching": False}
+    llm = LLM(str(request.getfixturevalue(model)), **options)
+    params = [GREEDY, DRAWN, replace(DRAWN, seed=8, temperature=0.4), GREEDY] * 2
+    screened = tokens(llm, params)
+    next_tokens, logits = NativeGemma.next_tokens, NativeGemma.logits
+    num_steps, rows = 0, []
+
+    def forgetful(*args: Any) -> list[int | None] | None:
+        nonlocal num_steps
+        num_steps += 1
+        told = next_tokens(*args)
+        assert told is not None
+        return [None if (index + num_steps) % 3 == 0 else token_id for index, token_id in enumerate(told)]
+
+    def counted(self: NativeGemma, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(NativeGemma, "next_tokens", forgetful)
+    monkeypatch.setattr(NativeGemma, "logits", counted)
+    assert tokens(llm, params) == screened
+    assert num_steps >= 40
+    assert max(rows) == 4, "three of eight, padded"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor
 from cabochon.engine.int8_linear import error_bounds
 from cabochon.kernels.definitions import softcap_
 from cabochon.kernels.native.quantize import pack, quantize_weight
-from cabochon.kernels.native.screen import MAX_COLUMNS, TOKENS, can_screen, entries, screen
+from cabochon.kernels.native.screen import CAPACITY, MAX_COLUMNS, TOKENS, can_screen, entries, screen
 from cabochon.kernels.sampling import Draw, gumbel_argmax_reference, noise_key, winner
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -160,16 +160,37 @@ def test_of_equal_tokens_the_first_wins() -> None:
 
 
 def test_rows_that_cannot_be_told_are_named_and_no_others() -> None:
-    embedding, x = random(9000, 64), random(24, 64, seed=1)
+    embedding, x = random(CAPACITY + 100, 16), random(24, 16, seed=1)
     expected = likeliest(x, embedding)
     x[1] = 0
-    x[3, 5], x[17, 0], x[23, 63] = torch.nan, torch.inf, -torch.inf
+    x[3, 5], x[17, 0], x[23, 15] = torch.nan, torch.inf, -torch.inf
     x[5] *= 1e-24
     x[7] *= 1e20
     for row in (1, 3, 5, 7, 17, 23):
         expected[row] = -1
-    assert screened(x, embedding) == expected
-    assert screened(x[:2], embedding[:1].repeat(9000, 1)) == [-1, -1], "too many candidates"
+    assert screened(x, embedding) == expected, "of a row of zeros there are too many candidates"
+    assert screened(x[:2], embedding[:1].repeat(CAPACITY, 1)) == [0, 0]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 127])
+@pytest.mark.parametrize("num_large", [3, 10, 40])
+def test_bounds_hold_where_rounding_has_changed_the_most(num_large: int, rest: int) -> None:
+    """A winner whose elements were rounded against x, beside a loser's that were rounded with it."""
+    generator = torch.Generator().manual_seed(num_large)
+    x = torch.full((1, 64), float(rest))
+    x[0, 1 : 1 + num_large] = 127
+    x *= torch.randint(0, 2, (1, 64), generator=generator) * 2 - 1
+    x[0, 0], x[0, 63] = 0, max(rest, 1)
+    signs = x[0].sign()
+    whole = torch.randint(1, 100, (64,), generator=generator) * signs
+    winner_row, loser = whole + 0.49 * signs, whole + 0.51 * signs
+    loser[63] -= 1 + 0.02 * float(x.abs().sum()) // float(x[0, 63])  # a little below the winner
+    embedding = torch.stack([-winner_row, loser, winner_row, whole / 2])
+    embedding[:, 0] = 127  # the scale is 1
+    rounded = x @ embedding.round().T
+    assert rounded[0, 1] > rounded[0, 2], "by the rounded weights alone the loser would win"
+    assert likeliest(x, embedding) == [2]
+    assert screened(x, embedding) == [2]
 
 
 def test_a_row_has_its_token_in_every_batch_and_by_any_thread() -> None:
