@@ -15,6 +15,7 @@ from cabochon.engine.linear import Fp8Linear, Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.gemma import Gemma
 from cabochon.engine.models.native_gemma import NativeGemma, can_run_native
+from cabochon.engine.native_linear import native_linear
 from cabochon.kernels.native.library import library
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ def settle_linear(config: EngineConfig, device: torch.device, dtype_name: str) -
 
 def model_maker(backend: Backend, config: ModelConfig, make_linear: MakeLinear) -> partial[Gemma]:
     """What makes the model from its weights, given the other arguments of `Gemma`."""
+    if backend == "native" and make_linear is Linear:
+        make_linear = native_linear
     return partial(model_class_for(backend, config), make_linear=make_linear, make_head=head_of(make_linear))
 
 

@@ -154,7 +154,9 @@ class Gemma:
     @property
     def row_multiple(self) -> int:
         """On a CPU, rows of `hidden` and `logits` are padded to it."""
-        return max(self._head.row_multiple, self._layers[0].qkv.row_multiple)
+        first = self._layers[0]
+        linears = (self._head, first.qkv, first.out, first.gate_up, first.down)
+        return max(linear.row_multiple for linear in linears)
 
     @property
     def has_quantized_head(self) -> bool:

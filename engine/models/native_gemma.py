@@ -1,4 +1,4 @@
-"""The fused forward pass in C on the CPU. Products stay torch's: oneDNN knows every instruction for them."""
+"""The fused forward pass in C on the CPU."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from cabochon.engine.linear import Linear, MakeLinear
 from cabochon.engine.models.config import ModelConfig
 from cabochon.engine.models.fused import FusedGemma, FusedKernels
 from cabochon.engine.models.gemma import LoadTensor
+from cabochon.engine.native_linear import NativeLinear
 from cabochon.engine.screen import screen_of
 from cabochon.kernels.native.layers import (
     LANES,
@@ -43,7 +44,7 @@ class NativeGemma(FusedGemma):
         make_head: MakeLinear | None = None,
     ) -> None:
         super().__init__(config, load, max_model_len, make_linear, make_head)
-        is_known = isinstance(self._head, Linear | Int8Head)  # an fp8 head is another model's
+        is_known = isinstance(self._head, Linear | NativeLinear | Int8Head)  # an fp8 head is another model's
         self._screen = screen_of(self._embedding) if is_known else None
 
     @staticmethod
@@ -68,7 +69,7 @@ class NativeGemma(FusedGemma):
     @property
     def _has_exact_logits(self) -> bool:
         """But for rounding. In int8 only the largest are, and draws are from what the head makes of all."""
-        return isinstance(self._head, Linear)
+        return isinstance(self._head, Linear | NativeLinear)
 
     def exact_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         if self._screen is None:

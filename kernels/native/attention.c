@@ -15,6 +15,7 @@
 
 #define ROWS 16           /* queries × heads of a unit, unless one token alone has more heads */
 #define KEYS 4            /* of a block of scores */
+#define AHEAD 8           /* keys: what memory is asked for meanwhile */
 #define TILE 32           /* keys whose V is widened at once: 32 KiB at D = 256 */
 #define SMALL (1 << 21)   /* multiplications that are done before a other thread has come */
 
@@ -109,6 +110,11 @@ INLINE void widen(float *to, const void *from, int64_t start, int D, const int i
   for (int i = 0; i < D; i += LANES) store_fp32(to + i, load(from, start + i, is_fp32));
 }
 
+/* Ask memory for a row of D elements. */
+INLINE void fetch(const void *base, int64_t start, int D, const int is_fp32) {
+  for (int i = 0; i < D; i += is_fp32 ? 16 : 32) __builtin_prefetch(at(base, start + i, is_fp32));
+}
+
 /* Blocks of 4, 2 and 1 rows. */
 #define IN_BLOCKS(rows, r, call4, call2, call1)                                 \
   for (int r = 0; r < (rows);) {                                                \
@@ -146,7 +152,10 @@ INLINE void attend(struct attention *a, int number, const int is_fp32) {
     }
   }
   for (int i = 0; i < n; i += KEYS) {
-    for (int j = 0; j < KEYS; j++) widen(wide + j * D, a->k, places[i + j < n ? i + j : n - 1], D, is_fp32);
+    for (int j = 0; j < KEYS; j++) {
+      if (i + j + AHEAD < n) fetch(a->k, places[i + j + AHEAD], D, is_fp32);
+      widen(wide + j * D, a->k, places[i + j < n ? i + j : n - 1], D, is_fp32);
+    }
     IN_BLOCKS(rows, r, scores_of(q + r * D, wide, D, s + r * stride + i, stride, 4),
               scores_of(q + r * D, wide, D, s + r * stride + i, stride, 2),
               scores_of(q + r * D, wide, D, s + r * stride + i, stride, 1))
@@ -161,7 +170,10 @@ INLINE void attend(struct attention *a, int number, const int is_fp32) {
   }
   for (int i = 0; i < n; i += TILE) {
     const int keys = n - i < TILE ? n - i : TILE;
-    for (int j = 0; j < keys; j++) widen(wide + j * D, a->v, places[i + j], D, is_fp32);
+    for (int j = 0; j < keys; j++) {
+      if (i + j + AHEAD < n) fetch(a->v, places[i + j + AHEAD], D, is_fp32);
+      widen(wide + j * D, a->v, places[i + j], D, is_fp32);
+    }
     IN_BLOCKS(rows, r, weigh_rows(s + r * stride + i, stride, wide, keys, acc + r * D, D, 4),
               weigh_rows(s + r * stride + i, stride, wide, keys, acc + r * D, D, 2),
               weigh_rows(s + r * stride + i, stride, wide, keys, acc + r * D, D, 1))

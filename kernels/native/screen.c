@@ -10,6 +10,7 @@
 #include "noise.h"
 #include "threads.h"
 
+#define AHEAD 4096        /* bytes of the weight: what memory is asked for meanwhile */
 #define FOUR 4            /* elements that a vector has of each token */
 #define ROWS 16           /* of x in a block: as many sums stay in registers */
 #define GROUPS 16         /* of LANES tokens in a unit of work: they stay in the cache for all blocks */
@@ -214,7 +215,11 @@ INLINE void multiply(struct screen *s, const struct block *b, int first, int gro
   for (int entry = 0; entry < b->num_entries; entry++) {
     const int32_t *parts = b->parts + entry * ROWS;
     vint weights[4];
-    for (int c = 0; c < C; c++) memcpy(&weights[c], weight + ((int64_t)c * vectors + b->of[entry]) * 64, 64);
+    for (int c = 0; c < C; c++) {
+      const uint8_t *from = weight + ((int64_t)c * vectors + b->of[entry]) * 64;
+      memcpy(&weights[c], from, 64);
+      if (R > FOUR) __builtin_prefetch(from + AHEAD); /* with few rows the hardware keeps up */
+    }
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) sums[r][c] = add_fours(sums[r][c], weights[c], parts[r]);
   }
