@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU_POOL_GIB = 2.0
+PART_TOKENS = 192  # of a long prompt in a step of a CPU: an eighth of a second on two cores
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 
 
@@ -271,6 +272,7 @@ class _CoreBuilder:
             rows,
             cache,
             step_tokens=config.step_tokens,
+            part_tokens=PART_TOKENS if self.device.type == "cpu" else None,
             eos_token_ids=model.config.eos_token_ids,
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,

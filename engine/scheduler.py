@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cabochon.engine.adapters.slots import AdapterSlots, LoadedAdapter
 from cabochon.engine.admission import check_request
 from cabochon.engine.awaited_pages import AwaitedPages
+from cabochon.engine.budget import Budget
 from cabochon.engine.errors import RequestError
 from cabochon.engine.flights import Flights
 from cabochon.engine.grammars import Matcher
@@ -43,6 +44,7 @@ class Scheduler:
         cache: KVCache,
         *,
         step_tokens: int,
+        part_tokens: int | None = None,  # of prompts that a step does not end; None: all of step_tokens
         eos_token_ids: Iterable[int],
         max_model_len: int,
         vocab_size: int,
@@ -51,6 +53,7 @@ class Scheduler:
         self._rows = rows
         self._cache = cache
         self._step_tokens = step_tokens
+        self._part_tokens = min(step_tokens, part_tokens or step_tokens)
         self._max_chunk = min(step_tokens, MAX_CHUNK_TOKENS)
         self._eos = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
@@ -234,8 +237,6 @@ class Scheduler:
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
         self._cache.check(self._by_row)
 
-    # Planning
-
     def _plan_decodes(self) -> None:
         """One token for every running request that has one left to compute, best rank first."""
         rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
@@ -251,8 +252,8 @@ class Scheduler:
                 self._preempt(request)
 
     def _plan_prefills(self) -> None:
-        left = self._step_tokens - len(self._work)
-        self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, left // 2))
+        budget = Budget(self._step_tokens - len(self._work), self._part_tokens)
+        self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
         prefills = [
             r for r in self._running if r.row not in self._work and r not in self._late and self._remaining(r)
         ]
@@ -263,38 +264,38 @@ class Scheduler:
         for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
             running = [r for r in prefills if r.message.priority == priority]
             waiting = takewhile(self._may_admit, self._waiting.by_arrival(priority))
-            half = (left + 1) // 2  # rounded up: a single token is the oldest request's
-            left -= half - self._share(merge(running, waiting, key=_rank), half)
+            half = budget.half()
+            self._share(merge(running, waiting, key=_rank), half)
+            budget.take(half.taken)
             running += [r for r in self._admitted if r.message.priority == priority]
             by_length = sorted((r for r in running if r.row is not None), key=self._length)
             waiting = takewhile(self._may_admit, self._waiting.by_length(priority))
-            left = self._share(merge(by_length, waiting, key=self._length), left)
+            self._share(merge(by_length, waiting, key=self._length), budget)
 
     def _may_admit(self, _: Request | None = None) -> bool:
         return self._can_admit and self._rows.num_free > 0
 
-    def _share(self, requests: Iterable[Request], budget: int) -> int:
-        """Give chunks to requests in order. Returns what is left of the budget."""
+    def _share(self, requests: Iterable[Request], budget: Budget) -> None:
+        """Give chunks to requests in order."""
         for request in requests:
-            if budget <= 0:
+            if budget.left <= 0:
                 break
             if request.row is None:
-                if budget < min(len(request.token_ids), self._min_chunk):
-                    continue  # a row without work would keep it from those whose turn it is next
-                if not self._admit(request):
+                tokens = len(request.token_ids)
+                # A row without work would keep it from those whose turn it is next
+                if budget.most(tokens) < min(tokens, self._min_chunk) or not self._admit(request):
                     continue
             row = request.row
             assert row is not None
             planned = self._work.get(row, 0)
             remaining = self._remaining(request) - planned
-            chunk = min(remaining, budget, MAX_CHUNK_TOKENS - planned)
+            chunk = min(budget.most(remaining), MAX_CHUNK_TOKENS - planned)
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
                 self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
                 self._work[row] = planned + chunk
-                budget -= chunk
-        return budget
+                budget.take(chunk)
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request a row and its prefix hit, if its known tokens will find pages."""
@@ -380,8 +381,6 @@ class Scheduler:
 
     def _length(self, request: Request) -> tuple[int, int]:
         return (self._remaining(request), request.arrival_idx)
-
-    # Results
 
     def _commit(self, plan: Plan, after: NDArray[np.int32]) -> None:
         changed = self._cache.needs_commit(plan.starts, after)

@@ -11,6 +11,7 @@
 #define PAIRS (2 * LANES) /* products that a vector of sums takes at once; K' is a multiple */
 #define SEGMENT (256 * PAIRS) /* of a row: 512 products of 32,512 by 127 are below 2^31 */
 #define WEIGHTS 4         /* rows of the weight together */
+#define AHEAD 4096        /* bytes of the weight: what memory is asked for meanwhile */
 #define BLOCK 64          /* rows of the weight in a unit of work: they stay in the cache for all x */
 #define HEAD_BLOCK 512
 #define LARGEST 32512.0f
@@ -63,7 +64,10 @@ INLINE void multiply(const int16_t *x, const int8_t *w, int K, float (*to)[WEIGH
       for (int j = 0; j < WEIGHTS; j++) sums[r][j] = (vint){0};
     for (int i = start; i < end; i += PAIRS) {
       vshort weights[WEIGHTS];
-      for (int j = 0; j < WEIGHTS; j++) weights[j] = load_char(w + (int64_t)j * K + i);
+      for (int j = 0; j < WEIGHTS; j++) {
+        weights[j] = load_char(w + (int64_t)j * K + i);
+        __builtin_prefetch(w + (int64_t)j * K + i + AHEAD);
+      }
       for (int r = 0; r < R; r++) {
         vshort row = load_short(x + (int64_t)r * K + i);
         for (int j = 0; j < WEIGHTS; j++) sums[r][j] = add_pairs(sums[r][j], row, weights[j]);

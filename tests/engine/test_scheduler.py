@@ -91,6 +91,35 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
     assert step <= 64 / (16 / 2 - 1) + 1, "the oldest must get half of what decodes leave"
 
 
+def test_a_long_prompt_takes_little_of_a_step_and_what_a_step_can_end_all_of_it() -> None:
+    world = World(step_tokens=64, part_tokens=24, max_seqs=16, max_model_len=200, num_pages=800)
+    world.add(request("long", prompt_of(180)))
+    world.step()
+    assert world.plans[-1].num_tokens == 24
+    for i in range(3):
+        world.add(request(f"short{i}", prompt_of(15, seed=i + 1), max_tokens=1))
+    world.step()
+    assert all(world.outputs[f"short{i}"] for i in range(3)), "a step has room for all of them"
+    assert world.plans[-1].num_tokens == 45 + 12, "the oldest has half of its part meanwhile"
+    world.run()
+    tokens = [plan.num_tokens for plan in world.plans]
+    assert tokens[2:6] == [24, 24, 24, 24]
+    assert tokens[6] == 180 - 24 - 12 - 4 * 24, "more than a part: the step ends it"
+    assert world.outputs["long"] == expected_output(prompt_of(180), len(world.outputs["long"]))
+
+
+def test_parts_go_to_the_oldest_and_to_one_at_a_time() -> None:
+    world = World(step_tokens=32, part_tokens=16, max_seqs=16, max_model_len=80, num_pages=800)
+    for i in range(5):
+        world.add(request(f"long{i}", prompt_of(70, seed=i), max_tokens=1))
+    steps = first_token_steps(world)
+    assert list(steps) == [f"long{i}" for i in range(5)]
+    assert max(plan.num_tokens for plan in world.plans) <= 32
+    alone = World(step_tokens=32, part_tokens=16, max_model_len=80, num_pages=800)
+    alone.add(request("long0", prompt_of(70, seed=0), max_tokens=1))
+    assert steps["long0"] == first_token_steps(alone)["long0"]
+
+
 def test_smaller_priority_numbers_go_first() -> None:
     world = World(step_tokens=8, max_seqs=8, num_pages=200)
     for i, priority in enumerate([5, 0, 5, -3]):

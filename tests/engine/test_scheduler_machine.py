@@ -40,17 +40,21 @@ class Machine(RuleBasedStateMachine):
         spare=st.sampled_from([0, 0, 1, 3, 8, 20]),
         max_seqs=st.integers(1, 5),
         step_tokens=st.integers(5, 24),
+        part_tokens=st.sampled_from([None, None, 1, 2, 7]),
         caching=st.sampled_from([True, True, True, False]),
         depth=st.sampled_from([1, 2]),
         max_loras=st.integers(1, 2),
     )
-    def start(self, windows, page_tokens, spare, max_seqs, step_tokens, caching, depth, max_loras) -> None:
+    def start(
+        self, windows, page_tokens, spare, max_seqs, step_tokens, part_tokens, caching, depth, max_loras
+    ) -> None:
         self.world = World(
             num_pages=pages_for_one(windows, page_tokens, step_tokens) + spare,
             page_tokens=page_tokens,
             windows=windows,
             max_seqs=max_seqs,
             step_tokens=step_tokens,
+            part_tokens=part_tokens,
             max_model_len=MAX_MODEL_LEN,
             digest_bytes=self.digest_bytes,
             caching=caching,
