@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in total
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU_POOL_GIB = 2.0
-PART_TOKENS = 192  # of a long prompt in a step of a CPU: an eighth of a second on two cores
+PART_TOKENS = 128  # of a long prompt in a step of a CPU: a tenth of a second on two cores
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two cores
 
 

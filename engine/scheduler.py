@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cabochon.engine.adapters.slots import AdapterSlots, LoadedAdapter
 from cabochon.engine.admission import check_request
 from cabochon.engine.awaited_pages import AwaitedPages
-from cabochon.engine.budget import Budget
+from cabochon.engine.budget import Budget, Ration
 from cabochon.engine.errors import RequestError
 from cabochon.engine.flights import Flights
 from cabochon.engine.grammars import Matcher
@@ -44,7 +44,7 @@ class Scheduler:
         cache: KVCache,
         *,
         step_tokens: int,
-        part_tokens: int | None = None,  # of prompts that a step does not end; None: all of step_tokens
+        part_tokens: int | None = None,  # of a long prompt in a step (budget.py); None: no limit
         eos_token_ids: Iterable[int],
         max_model_len: int,
         vocab_size: int,
@@ -52,8 +52,7 @@ class Scheduler:
     ) -> None:
         self._rows = rows
         self._cache = cache
-        self._step_tokens = step_tokens
-        self._part_tokens = min(step_tokens, part_tokens or step_tokens)
+        self._ration = Ration(step_tokens, part_tokens)
         self._max_chunk = min(step_tokens, MAX_CHUNK_TOKENS)
         self._eos = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
@@ -72,8 +71,6 @@ class Scheduler:
         self._last_lens = np.zeros(rows.max_seqs, np.int32)  # tokens of a row when it can have no more
         self._late: list[Request] = []  # they wait for the mask of their next token
         self._num_arrivals = 0
-        self._can_admit = True  # until the step finds that somebody waits for pages
-        self._min_chunk = MIN_CHUNK_TOKENS
         self._counts = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"), 0
         )
@@ -99,6 +96,7 @@ class Scheduler:
         self._num_arrivals += 1
         self._requests[message.request_id] = request
         self._waiting.add(request)
+        self._ration.hear(len(message.prompt_ids))
         return request
 
     def abort(self, request_id: str) -> None:
@@ -131,7 +129,7 @@ class Scheduler:
         self._admitted.clear()
         self._dropped_rows.clear()
         self._late = [request for request in self._late if request.is_late and request.row is not None]
-        self._can_admit = True
+        self._can_admit = True  # until somebody waits for pages
         if not self._requests:
             return None
         self._plan_decodes()
@@ -252,7 +250,7 @@ class Scheduler:
                 self._preempt(request)
 
     def _plan_prefills(self) -> None:
-        budget = Budget(self._step_tokens - len(self._work), self._part_tokens)
+        budget = self._ration.next_step(len(self._work))
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
         prefills = [
             r for r in self._running if r.row not in self._work and r not in self._late and self._remaining(r)
@@ -283,13 +281,15 @@ class Scheduler:
             if request.row is None:
                 tokens = len(request.token_ids)
                 # A row without work would keep it from those whose turn it is next
-                if budget.most(tokens) < min(tokens, self._min_chunk) or not self._admit(request):
+                most = budget.most(tokens, has_begun=False)
+                if most < min(tokens, self._min_chunk) or not self._admit(request):
                     continue
             row = request.row
             assert row is not None
             planned = self._work.get(row, 0)
             remaining = self._remaining(request) - planned
-            chunk = min(budget.most(remaining), MAX_CHUNK_TOKENS - planned)
+            has_begun = bool(self._rows.num_computed[row] > (request.cached_tokens or 0))
+            chunk = min(budget.most(remaining, has_begun=has_begun), MAX_CHUNK_TOKENS - planned)
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
@@ -319,6 +319,7 @@ class Scheduler:
         row = self._rows.take(request.token_ids, num_prompt)
         self._rows.adapter_slots[row] = self.slots.take(request.adapter, request.message.priority)
         self._cache.attach(request, row, hit_pages)
+        self._ration.hear(len(request.token_ids) - hit_pages * self._cache.page_tokens)
         request.row = row
         self._last_lens[row] = num_prompt + request.max_tokens
         if request.cached_tokens is None:
