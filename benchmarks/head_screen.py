@@ -16,9 +16,9 @@ from quantization_quality import Variant, load, windows_of
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cabochon.engine.linear import Linear
 from cabochon.engine.models.hf_config import load_model_config
 from cabochon.engine.models.source import locate
+from cabochon.engine.native_linear import native_linear
 from cabochon.engine.screen import screen_of
 from cabochon.kernels.native.sampling import find_largest
 
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     with torch.inference_mode():
         x, embedding = hidden_rows(args.model, max(args.rows))
-        head, screen = Linear(embedding), screen_of(embedding)
+        head, screen = native_linear(embedding), screen_of(embedding)
         if screen is None:
             raise SystemExit(
                 "the head must have a screen, got none: take a CPU with VNNI, and a C compiler to install"

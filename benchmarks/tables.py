@@ -188,6 +188,15 @@ def head_screen(rows: Sequence[Row]) -> list[str]:
     return _table(("rows", "by logits", "by the screen", f"ratio, median of {rows[0]['repeats']}"), cells)
 
 
+def linear(rows: Sequence[Row]) -> list[str]:
+    """`linear.py`: a line for each number of rows."""
+    cells = [
+        (f"{row['rows']}", f"{row['onednn_ms']:.1f} ms", f"{row['ours_ms']:.1f} ms", f"{row['ratio']:.2f}")
+        for row in rows
+    ]
+    return _table(("rows", "oneDNN", "C", f"ratio, median of {rows[0]['repeats']}"), cells)
+
+
 def quality(rows: Sequence[Row]) -> list[str]:
     """`quantization_quality.py`: a line for each approximation."""
     cells = [
@@ -292,6 +301,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "latency": latency,
     "serving": serving,
     "head-screen": head_screen,
+    "linear": linear,
     "quality": quality,
     "peers": peers,
     "armor-ttft": armor_ttft,

@@ -150,6 +150,18 @@ INLINE void set(void *to, int64_t index, float value, const int is_fp32) {
   memcpy((uint16_t *)to + index, &high, 2);
 }
 
+typedef float vfour __attribute__((vector_size(16)));
+typedef uint32_t vufour __attribute__((vector_size(16)));
+typedef uint16_t vhalffour __attribute__((vector_size(8)));
+
+/* `set` of four neighbours in bf16. */
+INLINE void set_four(void *to, int64_t index, vfour x) {
+  const vufour bits = (vufour)x, is_nan = (vufour)(x != x);
+  const vufour whole = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, nan = (bits | 0x400000u) >> 16;
+  const vhalffour high = __builtin_convertvector((whole & ~is_nan) | (nan & is_nan), vhalffour);
+  memcpy((uint16_t *)to + index, &high, sizeof high);
+}
+
 /* Rows first..first + R of x with rows n..n + WEIGHTS of the weight, where they exist. */
 INLINE void some(struct product *a, int first, int n, float *lowest, float *highest, const int R, const int is_fp32,
                  const int is_head) {
@@ -158,6 +170,13 @@ INLINE void some(struct product *a, int first, int n, float *lowest, float *high
   multiply(a->x + (int64_t)first * a->K, a->weight + (int64_t)start * a->K, a->K, sums, R);
   for (int r = 0; r < R; r++) {
     const int row = first + r;
+    if (!is_head && !is_fp32 && n == start) { /* as below, four at once */
+      vfour scales, values;
+      memcpy(&scales, a->scales + n, sizeof scales);
+      memcpy(&values, sums[r], sizeof values);
+      set_four(a->out, (int64_t)row * a->N + n, values * (a->x_scales[row] * scales));
+      continue;
+    }
     for (int j = n - start; j < WEIGHTS; j++) {
       const float value = sums[r][j] * (a->x_scales[row] * a->scales[start + j]);
       set(a->out, (int64_t)row * a->N + start + j, value, is_fp32);
