@@ -21,6 +21,7 @@ class Request:
     stop_ids: frozenset[int]  # ids that end it (EOS unless ignored, stop_token_ids)
     token_ids: list[int]
     row: int | None = None
+    is_long: bool = False  # whether its prefill is rationed, since it got its row
     num_output: int = 0
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     scheduled_s: float = 0.0
@@ -74,6 +75,11 @@ class Request:
         if token_id in self.stop_ids and self.num_output > self.message.params.min_tokens:
             return "stop"
         return "length" if self.num_output >= self.max_tokens else None
+
+    def newest(self, token_id: int) -> RequestOutput:
+        """The message of a token that may be its last."""
+        reason = self.ends_with(token_id)
+        return self.output([token_id], reason, token_id if reason == "stop" else None)
 
     def output(
         self,

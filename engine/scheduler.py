@@ -191,7 +191,9 @@ class Scheduler:
                 request.first_token_s = now
                 self._counts["prompt_tokens"] += len(request.message.prompt_ids)
             if token_id in request.stop_ids or request.num_output >= request.max_tokens:
-                outputs.append(self._last_output(request, token_id))
+                outputs.append(request.newest(token_id))
+                if outputs[-1].finish_reason is not None:
+                    self._end(request)
             else:  # without a call: this is most of a step's overhead
                 outputs.append(
                     RequestOutput(
@@ -251,6 +253,7 @@ class Scheduler:
 
     def _plan_prefills(self) -> None:
         budget = self._ration.next_step(len(self._work))
+        part = budget.part
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
         prefills = [
             r for r in self._running if r.row not in self._work and r not in self._late and self._remaining(r)
@@ -262,9 +265,10 @@ class Scheduler:
         for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
             running = [r for r in prefills if r.message.priority == priority]
             waiting = takewhile(self._may_admit, self._waiting.by_arrival(priority))
+            budget.renew(part)
             half = budget.half()
             self._share(merge(running, waiting, key=_rank), half)
-            budget.take(half.taken)
+            budget.take(half.taken, is_long=half.has_long)
             running += [r for r in self._admitted if r.message.priority == priority]
             by_length = sorted((r for r in running if r.row is not None), key=self._length)
             waiting = takewhile(self._may_admit, self._waiting.by_length(priority))
@@ -278,32 +282,33 @@ class Scheduler:
         for request in requests:
             if budget.left <= 0:
                 break
-            if request.row is None:
-                tokens = len(request.token_ids)
-                # A row without work would keep it from those whose turn it is next
-                most = budget.most(tokens, has_begun=False)
-                if most < min(tokens, self._min_chunk) or not self._admit(request):
-                    continue
+            if request.row is None and not self._admit(request, budget):
+                continue
             row = request.row
             assert row is not None
             planned = self._work.get(row, 0)
             remaining = self._remaining(request) - planned
-            has_begun = bool(self._rows.num_computed[row] > (request.cached_tokens or 0))
-            chunk = min(budget.most(remaining, has_begun=has_begun), MAX_CHUNK_TOKENS - planned)
+            chunk = min(budget.most(remaining, is_long=request.is_long), MAX_CHUNK_TOKENS - planned)
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
                 self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
                 self._work[row] = planned + chunk
-                budget.take(chunk)
+                budget.take(chunk, is_long=request.is_long)
 
-    def _admit(self, request: Request) -> bool:
-        """Give a waiting request a row and its prefix hit, if its known tokens will find pages."""
-        if not (self._may_admit() and self.slots.may_enter(request.adapter, request.message.priority)):
+    def _admit(self, request: Request, budget: Budget) -> bool:
+        """Give a waiting request a row and its prefix hit, if it has work in it now and will find pages."""
+        if not self._may_admit() or budget.left < min(len(request.token_ids), self._min_chunk):
+            return False
+        if not self.slots.may_enter(request.adapter, request.message.priority):
             return False
         hit = self._awaited.hit(request)
         if hit is None:
             return False  # share more when it is there
+        tokens = len(request.token_ids) - hit * self._cache.page_tokens
+        request.is_long = self._ration.is_long(tokens)
+        if budget.most(tokens, is_long=request.is_long) < min(tokens, self._min_chunk):
+            return False
         cost = self._cache.admission_cost(request, hit, self._max_chunk) + sum(self._promised.values())
         pool = self._cache.pool
         if self._running and cost + int(WATERMARK * pool.num_pages) > pool.num_free:
@@ -319,12 +324,12 @@ class Scheduler:
         row = self._rows.take(request.token_ids, num_prompt)
         self._rows.adapter_slots[row] = self.slots.take(request.adapter, request.message.priority)
         self._cache.attach(request, row, hit_pages)
-        self._ration.hear(len(request.token_ids) - hit_pages * self._cache.page_tokens)
         request.row = row
         self._last_lens[row] = num_prompt + request.max_tokens
         if request.cached_tokens is None:
             request.cached_tokens = min(hit_pages * self._cache.page_tokens, num_prompt)
             request.scheduled_s = time.monotonic()
+            self._ration.hear(num_prompt - request.cached_tokens)
             self._counts["prefix_queries"] += num_prompt
             self._counts["prefix_hits"] += request.cached_tokens
         self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
@@ -387,13 +392,6 @@ class Scheduler:
         changed = self._cache.needs_commit(plan.starts, after)
         for row in plan.rows[changed].tolist():
             self._cache.commit(self._by_row[row], row)
-
-    def _last_output(self, request: Request, token_id: int) -> RequestOutput:
-        """What a stop token or the end of its tokens gives."""
-        reason = request.ends_with(token_id)
-        if reason is not None:
-            self._end(request)
-        return request.output([token_id], reason, token_id if reason == "stop" else None)
 
 
 def _rank(request: Request) -> tuple[int, int]:

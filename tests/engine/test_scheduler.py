@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from paged_world import EOS, VOCAB, World, expected_output, next_token, prompt_of, request
 
-from cabochon.engine.budget import RATION_STEPS, Budget, Ration
 from cabochon.engine.errors import RequestError
 from cabochon.engine.messages import GenerateRequest
 from cabochon.engine.sampling_params import SamplingParams
@@ -90,56 +89,6 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
         if world.outputs["long"]:
             break
     assert step <= 64 / (16 / 2 - 1) + 1, "the oldest must get half of what decodes leave"
-
-
-def test_a_long_prompt_takes_little_of_a_step_where_short_ones_come() -> None:
-    world = World(step_tokens=64, part_tokens=24, max_seqs=16, max_model_len=300, num_pages=800)
-    world.add(request("long", prompt_of(260), max_tokens=1))
-    world.step()
-    assert world.plans[-1].num_tokens == 64, "it has come alone"
-    for i in range(3):
-        world.add(request(f"short{i}", prompt_of(15, seed=i + 1), max_tokens=1 + 2 * (i == 2)))
-    world.step()
-    assert all(world.outputs[f"short{i}"] for i in range(3)), "a step has room for all of them"
-    world.run()
-    tokens = [plan.num_tokens for plan in world.plans][1:]
-    assert tokens[0] == 45 + 12, "the oldest has half of its part meanwhile"
-    assert tokens[1:3] == [13, 13], "half of it beside a decode"
-    assert tokens[3:] == [24] * 6 + [16]
-    assert world.outputs["long"] == expected_output(prompt_of(260), 1)
-
-
-def test_parts_go_to_the_oldest_and_to_one_at_a_time() -> None:
-    world = World(step_tokens=32, part_tokens=16, max_seqs=16, max_model_len=80, num_pages=800)
-    world.scheduler._ration.hear(3)
-    for i in range(5):
-        world.add(request(f"long{i}", prompt_of(70, seed=i), max_tokens=1))
-    steps = first_token_steps(world)
-    assert list(steps) == [f"long{i}" for i in range(5)]
-    assert max(plan.num_tokens for plan in world.plans) == 16
-    assert steps["long0"] == 5
-
-
-def test_after_many_steps_without_short_prompts_a_long_one_gets_whole_steps() -> None:
-    ration = Ration(64, 24)
-    assert ration.next_step(0).part == 64
-    ration.hear(65)
-    assert ration.next_step(0).part == 64
-    ration.hear(64)
-    parts = [ration.next_step(num_decodes=i % 2).part for i in range(RATION_STEPS)]
-    assert parts == [24, 12] * (RATION_STEPS // 2 - 1) + [24, 64]
-    unlimited = Ration(64, None)
-    unlimited.hear(1)
-    assert unlimited.next_step(3) == Budget(61, 64)
-
-
-def test_a_prompt_whose_beginning_is_cached_fits_if_its_rest_does() -> None:
-    world = World(step_tokens=32, part_tokens=8, max_model_len=80, num_pages=800)
-    world.add(request("first", prompt_of(60), max_tokens=1))
-    world.run()
-    world.add(request("again", [*prompt_of(60), *prompt_of(19, seed=5)], max_tokens=1))
-    world.step()
-    assert world.outputs["again"]
 
 
 def test_smaller_priority_numbers_go_first() -> None:
