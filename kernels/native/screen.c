@@ -8,6 +8,7 @@
 
 #include "layers.h"
 #include "noise.h"
+#include "screen_rows.h"
 #include "threads.h"
 
 #define AHEAD 4096        /* bytes of the weight: what memory is asked for meanwhile */
@@ -17,14 +18,6 @@
 #define CAPACITY 32768    /* candidates of a row; also in screen.py */
 #define PIECE 256         /* of them in a unit of work */
 #define DRAWN 64          /* of a draw, once their logits are known; also in screen.py */
-#define MOST_REPEATS 16   /* of a vector */
-#define LARGEST 127
-#define OFFSET 128        /* of the weight's bytes, which that instruction takes without a sign */
-#define TINY 1e-10f       /* squares of less, and of what is left of it, are nothing in fp32 */
-#define STANDING_OUT 4    /* elements of a row that may be larger than LARGEST */
-#define APART 32          /* at most, of the largest elements whose errors are bounded one by one */
-#define ROUNDINGS 40      /* of a sum, beside one for each vector: trees, conversions, scales, these bounds */
-#define HALF 0.5001f      /* of a scale: the most that rounding has changed an element of the weight */
 
 struct block {            /* rows of x, whose vectors are multiplied in order */
   int num_rows, num_entries;
@@ -45,10 +38,7 @@ struct screen {
   int T, N, K, num_groups, is_fp32;
   struct block *blocks;
   int32_t *values;        /* [T, K]: x in whole multiples of its scale */
-  float *x_scales;        /* [T] */
-  int32_t *sums;          /* [T], of values, times OFFSET */
-  /* What products are off by is at most edges * scales + rests * errors + spread */
-  float *edges, *rests, *spread; /* [T] */
+  struct rounded *rows;   /* [T] */
   uint32_t *bounds;       /* [T] floats: the largest lower bound so far */
   int *counts;            /* [T], of candidates, those beyond CAPACITY too */
   int32_t *token_ids;     /* [T, CAPACITY], -1: cannot win after all */
@@ -59,73 +49,11 @@ struct screen {
   int32_t *num_chosen;    /* [T] */
 };
 
-/* Enters |x| into those that are largest, descending. */
-static void insert(float *top, float size) {
-  int place = APART;
-  for (; place > 0 && size > top[place - 1]; place--) top[place] = top[place - 1];
-  top[place] = size;
-}
-
-/* |x (w - w')| <= sum of |x_i| HALF scale over some of the elements, + |rest of x| |rest of w - w'|: the largest of x
-   are few and the same few hold half of its norm or more, while what rounding has changed is spread evenly. */
-static void bound_row(struct screen *s, int row, const float *top, float norm) {
-  const double squares = (double)norm * norm, ratio = __builtin_sqrt(s->K / 12.0); /* of errors to scales, about */
-  double sum = 0, rest = squares, least = __builtin_inf();
-  s->edges[row] = s->rests[row] = 0;
-  for (int m = 0; m <= APART && m <= s->K; m++) {
-    const double root = rest > 0 ? __builtin_sqrt(rest) : 0, total = HALF * sum + ratio * root;
-    if (total < least) {
-      least = total;
-      s->edges[row] = (float)(HALF * sum * 1.000001);
-      s->rests[row] = (float)(root * 1.000001);
-    }
-    sum += top[m], rest -= (double)top[m] * top[m];
-  }
-}
-
-/* Whole multiples of a scale, by which all but STANDING_OUT elements are at most LARGEST. */
-INLINE void round_row(struct screen *s, int row, const int is_fp32) {
-  const void *x = at(s->x, (int64_t)row * s->K, is_fp32);
-  int32_t *to = s->values + (int64_t)row * s->K;
-  float top[APART + 1] = {0}; /* descending */
-  vfloat squares = {0};
-  for (int i = 0; i < s->K; i += LANES) {
-    vfloat v = load(x, i, is_fp32);
-    squares = squares + v * v;
-    vfloat size = (vfloat)((vint)v & 0x7FFFFFFF);
-    for (int lane = 0; lane < LANES; lane++)
-      if (size[lane] > top[APART]) insert(top, size[lane]);
-  }
-  const float norm = __builtin_sqrtf(sum_lanes(squares)) * 1.0001f;
-  const int is_told = norm < __builtin_inff() && (top[0] == 0 || top[0] > TINY); /* not NaN either */
-  float limit = top[STANDING_OUT] > top[0] / MOST_REPEATS ? top[STANDING_OUT] : top[0] / MOST_REPEATS;
-  limit = limit > 0 && is_told ? limit : 1;
-  const float scale = limit / LARGEST, inverse = LARGEST / limit;
-  vfloat rest = {0};
-  vint sum = {0};
-  for (int i = 0; i < s->K; i += LANES) {
-    const vfloat magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vfloat v = is_told ? load(x, i, is_fp32) : splat(0.0f);
-    vfloat whole = (v * splat(inverse) + magic) - magic;
-    vint values = __builtin_convertvector(whole, vint);
-    memcpy(to + i, &values, sizeof values);
-    sum += values;
-    vfloat changed = v - whole * splat(scale);
-    rest = rest + changed * changed;
-  }
-  int32_t total = 0;
-  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-  s->x_scales[row] = scale;
-  s->sums[row] = total * OFFSET;
-  bound_row(s, row, top, norm);
-  const float roundings = (s->K / LANES + ROUNDINGS) * 0x1p-24f; /* of the sums in fp32 that are compared */
-  s->spread[row] = is_told ? (__builtin_sqrtf(sum_lanes(rest)) * 1.0001f + norm * roundings) * s->largest : __builtin_nanf("");
-}
-
 static void round_unit(void *arguments, int row) {
-  struct screen *s = arguments;
-  if (s->is_fp32) round_row(s, row, 1);
-  else round_row(s, row, 0);
+  const struct screen *s = arguments;
+  const void *x = at(s->x, (int64_t)row * s->K, s->is_fp32);
+  int32_t *to = s->values + (int64_t)row * s->K;
+  s->rows[row] = s->is_fp32 ? round_row(x, s->K, s->largest, to, 1) : round_row(x, s->K, s->largest, to, 0);
 }
 
 static int repeats_of(int32_t value) {
@@ -225,12 +153,12 @@ INLINE void multiply(struct screen *s, const struct block *b, int first, int gro
   }
   for (int r = 0; r < R && r < b->num_rows; r++) {
     const int row = first + r;
+    const struct rounded x = s->rows[row];
     for (int c = 0; c < C; c++) {
       const int token = (group + c) * LANES;
-      const vfloat scale = load_fp32(s->scales + token) * splat(s->x_scales[row]);
-      const vfloat of_edges = load_fp32(s->scales + token) * splat(s->edges[row]);
-      const vfloat margin = load_fp32(s->errors + token) * splat(s->rests[row]) + of_edges + splat(s->spread[row]);
-      const vfloat value = __builtin_convertvector(sums[r][c] - s->sums[row], vfloat) * scale;
+      const vfloat scale = load_fp32(s->scales + token), error = load_fp32(s->errors + token);
+      const vfloat margin = error * splat(x.rest) + scale * splat(x.edges) + splat(x.spread);
+      const vfloat value = __builtin_convertvector(sums[r][c] - x.sum, vfloat) * (scale * splat(x.scale));
       const vfloat bound = splat(as_float(__atomic_load_n(s->bounds + row, __ATOMIC_RELAXED)));
       vfloat high = value + margin;
       if (s->temperatures[row] == 0) {
@@ -363,7 +291,7 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
                            int num_threads) {
   const int num_blocks = (T + ROWS - 1) / ROWS, most = K / FOUR * MOST_REPEATS;
   const size_t rows = T, entries = (size_t)num_blocks * most;
-  char *memory = malloc(64 + rows * ((size_t)K * 4 + 7 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
+  char *memory = malloc(64 + rows * ((size_t)K * 4 + sizeof(struct rounded) + 2 * 4 + CAPACITY * 8) + entries * (ROWS * 4 + 2) +
                         num_blocks * sizeof(struct block));
   if (!memory) return -1;
   struct screen s = {.x = x, .weight = weight, .scales = scales, .errors = errors, .embedding = embedding,
@@ -373,11 +301,7 @@ EXPORT int cabochon_screen(const void *x, const uint8_t *weight, const float *sc
   char *next = memory;
   s.blocks = (struct block *)next, next += num_blocks * sizeof(struct block);
   s.values = (int32_t *)next, next += rows * K * 4;
-  s.x_scales = (float *)next, next += rows * 4;
-  s.sums = (int32_t *)next, next += rows * 4;
-  s.edges = (float *)next, next += rows * 4;
-  s.rests = (float *)next, next += rows * 4;
-  s.spread = (float *)next, next += rows * 4;
+  s.rows = (struct rounded *)next, next += rows * sizeof(struct rounded);
   s.bounds = (uint32_t *)next, next += rows * 4;
   s.counts = (int *)next, next += rows * 4;
   s.token_ids = (int32_t *)next, next += rows * CAPACITY * 4;
