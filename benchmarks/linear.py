@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not can_multiply():
-        raise SystemExit("products are oneDNN's here: take a CPU with AVX512_BF16 and no AMX")
+        raise SystemExit("products must be ours here, got oneDNN's: take a CPU with AVX512_BF16 and no AMX")
     weights = weights_of(args.model)
     ours: list[AnyLinear] = [NativeLinear(weight) for weight in weights]
     onednn: list[AnyLinear] = [Linear(weight.clone()) for weight in weights]

@@ -16,7 +16,7 @@ from cabochon.kernels.native.library import check, describe, function, library
 
 
 def can_multiply() -> bool:
-    """Whether this CPU has the instruction that it is made for, and no AMX, by which oneDNN is faster."""
+    """Whether this CPU has the instruction that it is made for, and no AMX, beside which it was not timed."""
     if library() is None or torch.cpu._is_amx_tile_supported():
         return False
     return bool(function("cabochon_can_multiply", "")())
