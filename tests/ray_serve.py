@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import psutil
+from fake_server import NO_LIMITS
 
 PORT, PROXY_PORT = 18000, 18100
 START_S = 120
@@ -122,7 +123,7 @@ class Replica:
 
     def __init__(self, index: int) -> None:
         self.url = f"http://127.0.0.1:{PORT + index}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, limits=NO_LIMITS)
 
     def __enter__(self) -> "Replica":
         return self

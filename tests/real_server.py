@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 import psutil
-from fake_server import wait_until
+from fake_server import NO_LIMITS, wait_until
 
 START_S = 120  # a start takes 3 s (the demo: 6 s) on an idle machine
 END_S = 30
@@ -45,7 +45,9 @@ class RealServer:
             ready = re.search(r"ready at +(\S+)/v1", self._read(BANNER))
             assert ready is not None, self.output()
             self.url = ready[1]
-            self.http = httpx.Client(base_url=self.url, timeout=60, verify=False)  # no TLS: saves 50 ms
+            self.http = httpx.Client(  # no TLS: saves 50 ms
+                base_url=self.url, timeout=60, limits=NO_LIMITS, verify=False
+            )
             self.health_at_banner = self.health()
             (self.engine,) = (
                 child for child in self.process.children() if "cabochon.engine.process" in child.cmdline()

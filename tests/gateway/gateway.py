@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import openai
-from fake_server import wait_until
+from fake_server import NO_LIMITS, wait_until
 from tools import need_gateway_tools
 
 HERE = Path(__file__).parent
@@ -76,7 +76,8 @@ class Gateway:
             self._start(stack, "envoy", envoy)
             wait_until(lambda: admin.exists() and admin.read_text(), START_S)
             self.url = f"http://{self._listener(admin.read_text())}"
-            self.http = stack.enter_context(httpx.Client(base_url=self.url, timeout=60, verify=False))
+            http = httpx.Client(base_url=self.url, timeout=60, limits=NO_LIMITS, verify=False)
+            self.http = stack.enter_context(http)
             self._stack = stack.pop_all()
         return self
 
