@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cabochon.engine.errors import ConfigError
 from cabochon.engine.linear import exact_entries
+from cabochon.kernels.native.forward import Weight
 from cabochon.kernels.native.int8 import FEWEST, int8_head, int8_linear
 from cabochon.kernels.native.layers import LANES
 from cabochon.kernels.native.quantize import quantization_errors, quantize_weight
@@ -27,6 +28,7 @@ class Int8Linear:
         self.out_features, self.in_features = weight.shape
         _check_shape(weight)
         self._values, self._scales = quantize_weight(weight)
+        self.weight = Weight(self._values, self._scales)
         self.num_bytes = self._values.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from cabochon.kernels.native.attention import native_attention
 class NativeAttention(PagesAttention):
     """Keys are read where they lie, never gathered; nothing is planned but page tables."""
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per group; None: all keys are seen."""
+        return self._pages.layout.windows
+
     def attend_pages(
         self, layer: int, q: Tensor, inputs: PagesInputs, *, out: Tensor | None = None
     ) -> Tensor:
@@ -20,7 +25,7 @@ class NativeAttention(PagesAttention):
             inputs.page_tables[pages.group], inputs.cu_seqlens_q, inputs.seq_lens,
             scale=self._model.attention_scale,
             softcap=self._model.attention_softcap,
-            window=self._pages.layout.windows[pages.group],
+            window=self.windows[pages.group],
             out=out,
         )  # fmt: skip
         return out

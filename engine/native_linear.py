@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from cabochon.engine.linear import AnyLinear, Linear, exact_entries
+from cabochon.kernels.native.forward import Weight
 from cabochon.kernels.native.linear import can_multiply, fits, linear, pack
 
 
@@ -21,12 +22,12 @@ class NativeLinear:
         """weight: [n, k] bf16, multiples of 16. Raises ValueError if it is not."""
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes
-        self._packed = pack(weight)
+        self.weight = Weight(pack(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, k] bf16. Returns [rows, n]."""
         out = x.new_empty((len(x), self.out_features))
-        linear(x.contiguous(), self._packed, out=out)
+        linear(x.contiguous(), self.weight.values, out=out)
         return out
 
     def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor:

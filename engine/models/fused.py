@@ -97,8 +97,8 @@ class FusedGemma(Gemma, ABC):
         heads = (num_rows, config.num_heads, config.head_dim)
         residual = embedding.new_empty((num_rows, config.hidden_size))
         return _Step(
-            positions=_padded([inputs.positions], num_rows, 0)[0],
-            slots=_padded(inputs.slots, num_rows, -1),
+            positions=padded([inputs.positions], num_rows, 0)[0],
+            slots=padded(inputs.slots, num_rows, -1),
             residual=residual,
             x=torch.empty_like(residual),
             q=embedding.new_empty(heads),
@@ -134,5 +134,6 @@ class FusedGemma(Gemma, ABC):
         return out
 
 
-def _padded(tensors: Sequence[Tensor], num_rows: int, value: int) -> list[Tensor]:
+def padded(tensors: Sequence[Tensor], num_rows: int, value: int) -> list[Tensor]:
+    """Vectors, each with as many `value` behind it as num_rows lacks."""
     return [pad(x, (0, num_rows - len(x)), value=value) if len(x) < num_rows else x for x in tensors]

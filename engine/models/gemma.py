@@ -100,7 +100,7 @@ class Gemma:
             False: (config.rope_theta_global, config.rope_factor_global),
         }
         self._rope = {
-            kind: tuple(table.to(embedding.device) for table in rope_table(max_model_len, D, theta, factor))
+            kind: _angles(rope_table(max_model_len, D, theta, factor), embedding.device)
             for kind, (theta, factor) in kinds.items()
         }
 
@@ -222,6 +222,11 @@ class Gemma:
 
 def _norm(load: LoadTensor, name: str, size: int) -> Tensor:
     return load(name, (size,)).float() + 1  # fp32: bf16(1 + w) loses a small w
+
+
+def _angles(tables: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = tables
+    return cos.to(device), sin.to(device)
 
 
 def _load_layer(config: ModelConfig, load: LoadTensor, make_linear: MakeLinear, index: int) -> _Layer:

@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "kernels.h"
 #include "layers.h"
 #include "threads.h"
 

@@ -5,6 +5,7 @@
    together, or by which instructions: a result has the same bits in every batch, and in every library. */
 #include <stdlib.h>
 
+#include "kernels.h"
 #include "layers.h"
 #include "threads.h"
 

@@ -1,6 +1,7 @@
 /* What stands between the matrix products of a Gemma layer, one pass each: layers.py says what.
 
    A row is one thread's, and its arithmetic does not know which row it is: no result depends on the batch. */
+#include "kernels.h"
 #include "layers.h"
 #include "threads.h"
 

@@ -5,6 +5,7 @@
    sixteen, whose pairs lie side by side, too. */
 #include <stdlib.h>
 
+#include "kernels.h"
 #include "layers.h"
 #include "threads.h"
 
