@@ -9,7 +9,6 @@ nobody comes or goes.
 """
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.messages import GenerateRequest, RequestOutput
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.plan import StepResult
+from cabochon.engine.process import settle_collector
 from cabochon.engine.rows import Rows
 from cabochon.engine.sampling_params import SamplingParams
 from cabochon.engine.scheduler import Scheduler
@@ -109,8 +109,7 @@ class NoAttention:
 def measure(num_running: int, steps: int, churn: int = 0) -> dict[str, object]:
     """Milliseconds until a step is launched, and for the results of one."""
     core, num_requests = core_of(num_running, churn), num_running
-    gc.collect()
-    gc.freeze()  # as the engine process does
+    settle_collector()
     times_ns = np.empty((steps, 2, 2))  # of the CPU and of the wall, each before and after the launch
     for step in range(steps):
         marks = [_now_ns()]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from cabochon.engine.adapters.registry import Adapters
@@ -201,7 +202,7 @@ class EngineCore:
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of the token after `token_ids`: [V] fp32, softcapped. Only while idle, for verification."""
         self._land_leftovers()
-        row = self._rows.take(list(token_ids), len(token_ids))
+        row = self._rows.take(np.array(token_ids, np.int32), len(token_ids))
         try:
             if not self._cache.extend(row, len(token_ids)):
                 raise ValueError(

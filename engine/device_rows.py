@@ -4,8 +4,6 @@ The host stages what it changes (a new row, a page), and a step applies it befor
 are entered by the step itself. Page tables keep pages that have left a window: nothing reads those.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,9 +46,8 @@ class DeviceRows:
         self.token_ids, self.num_tokens, self.num_prompt, self.page_tables, self.sampling = arrays
         self._num_sent = np.zeros(max_seqs, np.int64)  # pages of each row that the device has
 
-    def stage_row(self, row: int, known_ids: Sequence[int], num_prompt: int, sampling: RowSampling) -> None:
-        """A request has got this row. At most once per step and row."""
-        ids = np.asarray(known_ids, np.int32)
+    def stage_row(self, row: int, ids: NDArray[np.int32], num_prompt: int, sampling: RowSampling) -> None:
+        """A request with these known tokens has got this row. At most once per step and row."""
         write = self._arena.write
         write(self.token_ids[row, : len(ids)], ids)
         write(self.num_tokens[row : row + 1], np.array([len(ids)]))
@@ -62,19 +59,19 @@ class DeviceRows:
     def stage_pages(self, plan: Plan, rows: Rows) -> None:
         """The pages that this plan is the first to need."""
         needed = -(-(plan.starts + plan.lens) // self.page_tokens)  # [S]
-        sent = self._num_sent[plan.rows]
-        counts = np.maximum(needed - sent, 0)
-        total = int(counts.sum())
-        if not total:
+        lacks = needed > self._num_sent[plan.rows]
+        if not lacks.any():
             return
-        self._num_sent[plan.rows] = np.maximum(needed, sent)
-        row_of = np.repeat(plan.rows, counts).astype(np.int64)  # [total]
+        changed, needed = plan.rows[lacks], needed[lacks]  # most rows need no page in a step
+        sent, self._num_sent[changed] = self._num_sent[changed], needed
+        counts = needed - sent
+        row_of = np.repeat(changed, counts).astype(np.int64)  # [total]
         firsts = np.cumsum(counts) - counts
-        page_idx = np.arange(total) - np.repeat(firsts - sent, counts)
+        page_idx = np.arange(len(row_of)) - np.repeat(firsts - sent, counts)
         num_groups, max_seqs, width = rows.page_tables.shape
-        for group in range(num_groups):
-            flat = (group * max_seqs + row_of) * width + page_idx
-            self._arena.write_elements(self.page_tables, flat, rows.page_tables[group, row_of, page_idx])
+        flat = (np.arange(num_groups)[:, None] * max_seqs + row_of) * width + page_idx  # [num_groups, total]
+        pages = rows.page_tables[:, row_of, page_idx]
+        self._arena.write_elements(self.page_tables, flat.reshape(-1), pages.reshape(-1))
 
     def stage_mask(self, row: int, allowed: NDArray[np.bool_]) -> None:
         """allowed: [V], the tokens that the row's grammar allows next."""

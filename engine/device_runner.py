@@ -122,7 +122,7 @@ class DeviceRunner(StepRunner):
         step = _Step(
             plan,
             sampling,
-            prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS)),
+            self._prompt_parts(plan, rows),
             {row: self._requests[row] for row in sampling[wants != 0].tolist()},
             ranked=np.flatnonzero(wants & LOGPROBS).tolist(),
         )
@@ -140,7 +140,7 @@ class DeviceRunner(StepRunner):
     @torch.inference_mode()
     def last_logits(self, row: int, rows: Rows) -> Tensor:
         length = rows.num_tokens[row : row + 1]
-        self._rows.stage_row(row, rows.known(row).tolist(), int(length[0]), RowSampling())
+        self._rows.stage_row(row, rows.known(row), int(length[0]), RowSampling())
         one = np.array([row], np.int32)
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
         self._rows.stage_pages(plan, rows)
@@ -156,6 +156,14 @@ class DeviceRunner(StepRunner):
         logits = self._stream.run(work)()
         cap = self._model.config.final_softcap
         return logits if cap is None else softcap_(logits, cap)
+
+    def _prompt_parts(self, plan: Plan, rows: Rows) -> list[PromptPart]:
+        wants = self._wants[plan.rows] & PROMPT_LOGPROBS
+        return (
+            prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
+            if wants.any()
+            else []
+        )
 
     def _params(self, row: int) -> SamplingParams:
         return self._requests[row].message.params
@@ -198,7 +206,8 @@ class DeviceRunner(StepRunner):
     def _replay(self, step: _Step, graph: Graph, slots: NDArray[np.int32]) -> Callable[[], None]:
         num_rows, size = len(step.plan.rows), len(graph.row_ids)
         packet = self._packets.open()
-        padded = np.pad(step.plan.rows, (0, size - num_rows), constant_values=-1)
+        padded = np.full(size, -1, np.int32)  # np.pad takes ten times as long
+        padded[:num_rows] = step.plan.rows
         row_ids, tiles = packet.put(padded), None
         if graph.tiles is not None:
             assert self._adapters is not None

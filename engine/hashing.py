@@ -22,9 +22,13 @@ class PageHasher:
         parts = [b"\0" if part is None else b"\1" + part.encode() for part in (adapter, salt)]
         return self._digest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
 
-    def extend(self, parent: bytes, token_ids: NDArray[np.int32]) -> bytes:
-        """Hash of a full page whose predecessor has the hash `parent`. token_ids: [P] int32."""
-        return self._digest(parent + token_ids.tobytes())
+    def chain(self, parent: bytes, token_ids: NDArray[np.int32], page_tokens: int) -> list[bytes]:
+        """Hashes of full pages, whose first's predecessor has the hash `parent`. token_ids: [n · P] int32."""
+        data, step, hashes = token_ids.tobytes(), page_tokens * token_ids.itemsize, []
+        for start in range(0, len(data), step):
+            parent = self._digest(parent + data[start : start + step])
+            hashes.append(parent)
+        return hashes
 
     def _digest(self, data: bytes) -> bytes:
         return blake2b(data, digest_size=self._digest_bytes, key=self._key).digest()

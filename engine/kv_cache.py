@@ -50,17 +50,8 @@ class KVCache:
         """Chain hashes of the request's first num_pages full pages; shorter if its known tokens are."""
         if self._hasher is None:
             return []
-        names = request.page_hashes
-        if not names:
-            adapter = None if request.adapter is None else request.adapter.key
-            names.append(self._hasher.root(adapter, request.message.cache_salt))
-        known = len(names) - 1  # names[0] is the root
-        if known < num_pages:
-            tokens = self._known_tokens(request)  # [num_tokens]
-            for page_idx in range(known, min(num_pages, len(tokens) // self.page_tokens)):
-                start = page_idx * self.page_tokens
-                names.append(self._hasher.extend(names[-1], tokens[start : start + self.page_tokens]))
-        return names[1 : num_pages + 1]
+        self._hash(request, num_pages)
+        return request.page_hashes[1 : num_pages + 1]
 
     def lookup(self, request: Request) -> int:
         """Pages of its prefix that can be shared now: at most all but the last known token."""
@@ -120,23 +111,41 @@ class KVCache:
         shape = (end - start, len(self._windows))
         if shape[0] * shape[1] > self.pool.num_free:
             return False
-        pages = [self.pool.allocate() for _ in range(shape[0] * shape[1])]
+        pages = self.pool.allocate(shape[0] * shape[1])
         self._tables[:, row, start:end] = np.array(pages, np.int32).reshape(shape).T
         self._end_page[row] = end
         return True
 
-    def commit(self, request: Request, row: int) -> None:
+    def extend_each(self, rows: NDArray[np.int32]) -> bool:
+        """Pages for the next token of each of these rows; nothing taken and False if there are too few."""
+        ends = self._end_page[rows]
+        lacking = (
+            ends * self.page_tokens <= self._rows.num_computed[rows]
+        )  # a step that did not count took some
+        rows, ends = rows[lacking], ends[lacking]
+        shape = (len(rows), len(self._windows))
+        if shape[0] * shape[1] > self.pool.num_free:
+            return False
+        pages = self.pool.allocate(shape[0] * shape[1])
+        self._tables[:, rows, ends] = np.array(pages, np.int32).reshape(shape).T
+        self._end_page[rows] = ends + 1
+        return True
+
+    def commit(self, requests: Sequence[Request], rows: NDArray[np.int32]) -> None:
         """Name the pages that are full of known tokens, give back those that no later query sees.
 
-        Once the step is on its way: what else gets these pages runs after it.
+        requests: those of rows [n]. Once the step is on its way: what else gets these pages runs after it.
         """
-        computed = int(self._rows.num_computed[row])
-        if request.is_published:
-            self._register(request, row, computed // self.page_tokens)
+        computed = self._rows.num_computed[rows]
+        full = (computed // self.page_tokens).tolist()
+        for request, row, num_pages in zip(requests, rows.tolist(), full, strict=True):
+            if request.is_published:
+                self._register(request, row, num_pages)
         for idx, (window, groups) in enumerate(self._sliding):
             # Page p goes when its last position (p + 1) P − 1 is at most q − W, q = computed the next query
-            first, end = int(self._first_page[idx, row]), max(0, computed - window + 1) // self.page_tokens
-            if end > first:
+            firsts = self._first_page[idx, rows]
+            ends = np.maximum(computed - window + 1, 0) // self.page_tokens
+            for row, first, end in np.stack([rows, firsts, ends], 1)[ends > firsts].tolist():
                 self._release(self._tables[groups, row, first:end].T)
                 self._tables[groups, row, first:end] = NULL_PAGE
                 self._first_page[idx, row] = end
@@ -198,12 +207,25 @@ class KVCache:
                     "a page that is written is findable"
                 )
 
+    def _hash(self, request: Request, num_pages: int) -> None:
+        """Make request.page_hashes, which begin with the root, as long as its known tokens allow."""
+        assert self._hasher is not None
+        names = request.page_hashes
+        if not names:
+            adapter = None if request.adapter is None else request.adapter.key
+            names.append(self._hasher.root(adapter, request.message.cache_salt))
+        known = len(names) - 1
+        if known < num_pages:
+            tokens, P = self._known_tokens(request), self.page_tokens  # [num_tokens]
+            end = min(num_pages, len(tokens) // P)
+            names += self._hasher.chain(names[-1], tokens[known * P : end * P], P)
+
     def _num_known(self, request: Request) -> int:
         return len(request.token_ids) if request.row is None else int(self._rows.num_tokens[request.row])
 
     def _known_tokens(self, request: Request) -> NDArray[np.int32]:
         if request.row is None:
-            return np.asarray(request.token_ids, np.int32)
+            return request.token_ids
         return self._rows.known(request.row)
 
     def _tail_pages(self, window: int | None, hit_pages: int) -> int:
@@ -230,17 +252,17 @@ class KVCache:
 
     def _register(self, request: Request, row: int, num_pages: int) -> None:
         start = request.num_registered
-        if start < num_pages and (names := self.page_names(request, num_pages)):
-            pages = self._tables[:, row, start : len(names)].T.tolist()  # [num_pages, num_groups]
-            for name, of_groups in zip(names[start:], pages, strict=True):
-                for group, page in enumerate(of_groups):
-                    if page != NULL_PAGE:
-                        self.pool.register(page, group, name)
-            request.num_registered = len(names)
-            if self._events is not None:
-                self._announce(request, start, names)
+        if start >= num_pages or self._hasher is None:
+            return
+        self._hash(request, num_pages)
+        names = request.page_hashes[start + 1 : num_pages + 1]
+        for group, pages in enumerate(self._tables[:, row, start : start + len(names)].tolist()):
+            self.pool.register(pages, group, names)
+        request.num_registered = start + len(names)
+        if self._events is not None:
+            self._announce(request, start)
 
-    def _announce(self, request: Request, start: int, names: list[bytes]) -> None:
+    def _announce(self, request: Request, start: int) -> None:
         """Tell of the pages from `start` on.
 
         Not with a salt: who hashes token ids alone would send requests that cannot hit, and no tenant's salt
@@ -250,11 +272,11 @@ class KVCache:
         adapter = request.adapter
         if request.message.cache_salt is not None or (adapter is not None and adapter.is_unloaded):
             return
-        tokens, P = self._known_tokens(request), self.page_tokens
-        for page_idx in range(start, len(names)):
-            parent = names[page_idx - 1] if page_idx else None
+        tokens, P, names = self._known_tokens(request), self.page_tokens, request.page_hashes
+        for page_idx in range(start, request.num_registered):
+            parent = names[page_idx] if page_idx else None  # names[0] is the root
             page = tokens[page_idx * P : (page_idx + 1) * P].tobytes()
-            self._events.store(names[page_idx], parent, page, adapter)
+            self._events.store(names[page_idx + 1], parent, page, adapter)
 
     def _release(self, pages: NDArray[np.int32]) -> None:
         """pages: [num_pages, num_groups], given back in that order; null pages are skipped."""

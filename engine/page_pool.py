@@ -5,7 +5,7 @@ and an intrusive doubly linked list, no objects per page: removal from the middl
 v1/core/block_pool.py). Knows nothing of tensors, sequences or windows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 NIL = 0  # page 0 is the null page, never in the list: it serves as the list's sentinel
 
@@ -37,14 +37,20 @@ class PagePool:
         """Whether its content can be found and shared."""
         return self._name[page] is not None
 
-    def allocate(self) -> int:
-        """The least recently used free page, its old content forgotten. There must be one."""
-        assert self.num_free, "no free page"
-        page = self._next[NIL]
-        self._unlink(page)
-        self._lose_name(page)
-        self._references[page] = 1
-        return page
+    def allocate(self, count: int) -> list[int]:
+        """The least recently used free pages, their old content forgotten. There must be as many."""
+        assert count <= self.num_free, "no free page"
+        pages, page = [], self._next[NIL]
+        for _ in range(count):
+            pages.append(page)
+            if self._name[page] is not None:
+                self.num_cached -= 1
+                self._lose_name(page)
+            self._references[page] = 1
+            page = self._next[page]
+        self._next[NIL], self._previous[page] = page, NIL
+        self.num_free -= count
+        return pages
 
     def share(self, page: int) -> None:
         """One more owner for a page that `lookup` gave."""
@@ -62,12 +68,20 @@ class PagePool:
         if self._references[page] == 0:
             self._link(page, is_first=self._name[page] is None)
 
-    def register(self, page: int, group: int, content: bytes) -> None:
-        """Name the content of a full page. If another page has that name already, nothing changes."""
-        assert self._references[page] > 0, "only pages in use are named"
-        if self._name[page] is None and (group, content) not in self._page_of:
-            self._name[page] = (group, content)
-            self._page_of[group, content] = page
+    def register(self, pages: Sequence[int], group: int, contents: Sequence[bytes]) -> None:
+        """Name the contents of full pages; null pages are skipped.
+
+        If another page has a name already, nothing changes for that one.
+        """
+        names, page_of = self._name, self._page_of
+        for page, content in zip(pages, contents, strict=True):
+            if page == NIL:
+                continue
+            assert self._references[page] > 0, "only pages in use are named"
+            name = (group, content)
+            if names[page] is None and name not in page_of:
+                names[page] = name
+                page_of[name] = page
 
     def forget(self, page: int) -> None:
         """Take the name of a page in use, if it has one."""

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cabochon.engine.adapters.slots import LoadedAdapter
 from cabochon.engine.grammars import Matcher
 from cabochon.engine.messages import FinishReason, GenerateRequest, RequestOutput, TokenLogprobs
@@ -19,7 +22,7 @@ class Request:
     arrival_idx: int  # order of arrival, the tie-breaker of priorities
     max_tokens: int  # output tokens at most, settled against the context
     stop_ids: frozenset[int]  # ids that end it (EOS unless ignored, stop_token_ids)
-    token_ids: list[int]
+    token_ids: NDArray[np.int32]
     row: int | None = None
     is_long: bool = False  # whether its prefill is rationed, since it got its row
     num_output: int = 0
@@ -50,7 +53,7 @@ class Request:
             arrival_idx=arrival_idx,
             max_tokens=max_tokens,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
-            token_ids=list(message.prompt_ids),
+            token_ids=np.array(message.prompt_ids, np.int32),
             is_published=not message.is_private,
             matcher=matcher,
             adapter=adapter,

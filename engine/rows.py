@@ -44,7 +44,7 @@ class Rows:
         """The row's tokens that have come back from the device. A view."""
         return self.token_ids[row, : self.num_tokens[row] - self.num_pending[row]]
 
-    def take(self, token_ids: list[int], num_prompt: int) -> int:
+    def take(self, token_ids: NDArray[np.int32], num_prompt: int) -> int:
         """Give a row to a request whose known tokens are `token_ids`. Raises IndexError if none is free."""
         row = self._free.pop()
         self.token_ids[row, : len(token_ids)] = token_ids

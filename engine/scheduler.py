@@ -8,7 +8,6 @@ computed again later, mostly from its own cached pages. Knows nothing of tensors
 """
 
 import time
-from bisect import insort
 from collections.abc import Iterable
 from heapq import merge
 from itertools import takewhile
@@ -28,6 +27,7 @@ from cabochon.engine.messages import EngineStats, GenerateRequest, RequestOutput
 from cabochon.engine.plan import Plan
 from cabochon.engine.request import Request
 from cabochon.engine.rows import Rows
+from cabochon.engine.running import Running
 from cabochon.engine.waiting import WaitingQueue
 
 MAX_CHUNK_TOKENS = 2048  # a sliding group holds window + chunk: longer ones undo what the window saves
@@ -60,8 +60,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
         self.slots = AdapterSlots(max_loras, self._waiting.adapters)
-        self._running: list[Request] = []  # by rank
-        self._by_row: dict[int, Request] = {}
+        self._running = Running()
         self._admitted: list[Request] = []
         self._work: dict[int, int] = {}  # row -> tokens of the step being planned
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
@@ -118,7 +117,7 @@ class Scheduler:
     def defer(self, row: int) -> None:
         """Its mask is late: the step's result does not count for it, and it waits until the mask is there."""
         self._dropped_rows.add(row)
-        self._late.append(self._by_row[row])
+        self._late.append(self.request(row))
 
     def schedule(self) -> Plan | None:
         """The next step, its pages taken; None if there is nothing to do but to wait, if anything.
@@ -146,7 +145,7 @@ class Scheduler:
 
     def request(self, row: int) -> Request:
         """Whose row it is."""
-        return self._by_row[row]
+        return self._running.by_row[row]
 
     def advance(self, plan: Plan) -> None:
         """The plan is on its way: the next is scheduled as if it were done, but for its unknown tokens."""
@@ -183,9 +182,9 @@ class Scheduler:
         rows.num_pending[sampled] -= 1
         if was_ahead:  # pages whose last token was not known by then
             self._commit(plan, plan.starts + plan.lens)
-        outputs = []
+        outputs, by_row = [], self._running.by_row
         for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
-            request = self._by_row[row]
+            request = by_row[row]
             request.num_output += 1
             if request.num_output == 1:
                 request.first_token_s = now
@@ -209,8 +208,8 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """Gauges and counters; the core adds its own."""
         pool = self._cache.pool
-        rows = list(self._by_row)
-        left = self._rows.num_prompt[rows] - self._rows.num_computed[rows] if rows else np.zeros(1, np.int32)
+        rows = self._running.rows
+        left = self._rows.num_prompt[rows] - self._rows.num_computed[rows]
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -228,18 +227,17 @@ class Scheduler:
         assert {r.request_id for r in (*self._waiting, *self._running)} == set(self._requests)
         assert len(self._waiting) + len(self._running) == len(self._requests), "a request is in two places"
         assert all(r.row is None for r in self._waiting)
-        assert {r.row: r for r in self._running} == self._by_row
-        assert sorted(self._running, key=_rank) == self._running
+        self._running.check()
         assert sorted(self._waiting, key=_rank) == list(self._waiting)
         self._awaited.check()
-        self.slots.check(self._rows.adapter_slots[list(self._by_row)].tolist())
+        self.slots.check(self._rows.adapter_slots[self._running.rows].tolist())
         self._waiting.check()
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
-        self._cache.check(self._by_row)
+        self._cache.check(self._running.by_row)
 
     def _plan_decodes(self) -> None:
         """One token for every running request that has one left to compute, best rank first."""
-        rows = np.fromiter((request.row or 0 for request in self._running), np.int32, len(self._running))
+        rows = self._running.rows
         computed = self._rows.num_computed[rows]
         known = np.minimum(self._rows.num_tokens[rows], self._last_lens[rows] - 1)  # nothing follows the last
         is_decode = known - computed == 1
@@ -247,7 +245,9 @@ class Scheduler:
             is_decode &= ~np.isin(rows, [request.row for request in self._late if request.row is not None])
         needs_page = is_decode & (computed % self._cache.page_tokens == 0)
         self._work.update(dict.fromkeys(rows[is_decode].tolist(), 1))
-        for request in [self._running[i] for i in np.flatnonzero(needs_page)]:
+        if self._cache.extend_each(rows[needs_page]):
+            return
+        for request in [self.request(row) for row in rows[needs_page].tolist()]:
             if request.row is not None and not self._extend(request, 1):
                 self._preempt(request)
 
@@ -333,15 +333,14 @@ class Scheduler:
             self._counts["prefix_queries"] += num_prompt
             self._counts["prefix_hits"] += request.cached_tokens
         self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
-        insort(self._running, request, key=_rank)
-        self._by_row[row] = request
+        self._running.add(request)
         self._admitted.append(request)
 
     def _extend(self, request: Request, num_new: int) -> bool:
         """Pages for its next tokens, preempting worse-ranked requests while there are too few."""
         assert request.row is not None
         while not self._cache.extend(request.row, num_new):
-            victim = self._running[-1]
+            victim = self._running.worst
             if victim is request:
                 return False
             self._preempt(victim)
@@ -350,7 +349,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         assert request.row is not None
         row = request.row
-        request.token_ids = self._rows.known(row).tolist()  # the rest will be computed, and chosen, again
+        request.token_ids = self._rows.known(row).copy()  # the rest will be computed, and chosen, again
         self._work.pop(row, None)
         self._leave(request)
         self._waiting.add(request)
@@ -373,7 +372,6 @@ class Scheduler:
         self._cache.free(request.row)
         self.slots.release(int(self._rows.adapter_slots[request.row]))
         self._rows.give_back(request.row)
-        del self._by_row[request.row]
         self._promised.pop(request.row, None)
         self._awaited.forget(request)
         self._running.remove(request)
@@ -389,9 +387,8 @@ class Scheduler:
         return (self._remaining(request), request.arrival_idx)
 
     def _commit(self, plan: Plan, after: NDArray[np.int32]) -> None:
-        changed = self._cache.needs_commit(plan.starts, after)
-        for row in plan.rows[changed].tolist():
-            self._cache.commit(self._by_row[row], row)
+        rows = plan.rows[self._cache.needs_commit(plan.starts, after)]
+        self._cache.commit([self.request(row) for row in rows.tolist()], rows)
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -173,7 +173,7 @@ class World:
         names = [self.hasher.root(None if adapter is None else adapter.key, salt)]
         P = self.rows.page_tokens
         for start in range(0, len(tokens) // P * P, P):
-            names.append(self.hasher.extend(names[-1], np.array(tokens[start : start + P], np.int32)))
+            names += self.hasher.chain(names[-1], np.array(tokens[start : start + P], np.int32), P)
         return names[1:]
 
     def is_found(self, name: bytes) -> bool:

@@ -1,7 +1,19 @@
 """The benchmark of the host's share of a step runs on the engine as it is now."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import step_overhead
+
+
+@pytest.fixture(autouse=True)
+def _collector() -> Iterator[None]:
+    """The benchmark settles it as the engine process does, for good."""
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 @pytest.mark.parametrize("churn", [0, 4])

@@ -27,7 +27,7 @@ def cache_of(
 
 def request_of(token_ids: Sequence[int], *, is_private: bool = False) -> Request:
     message = GenerateRequest(request_id="a", prompt_ids=list(token_ids), params=SamplingParams())
-    return Request(message, 0, 4, frozenset(), list(token_ids), is_published=not is_private)
+    return Request(message, 0, 4, frozenset(), np.array(token_ids, np.int32), is_published=not is_private)
 
 
 def enter(rows: Rows, cache: KVCache, request: Request, hit_pages: int = 0) -> int:
@@ -50,7 +50,7 @@ def compute(rows: Rows, cache: KVCache, request: Request, *chunks: int) -> None:
     for chunk in chunks:
         assert cache.extend(request.row, chunk)
         rows.num_computed[request.row] += chunk
-        cache.commit(request, request.row)
+        cache.commit([request], np.array([request.row], np.int32))
         cache.check({request.row: request})
 
 
@@ -127,6 +127,25 @@ def test_pages_of_256_tokens_keep_exactly_what_is_seen(window: int) -> None:
                 assert held(rows, row, group) == sorted({*seen, *open_page})
 
 
+def test_pages_for_decodes_are_had_together_or_not_at_all() -> None:
+    rows, cache = cache_of((None, 5), num_pages=11)
+    requests = [request_of([index] * 4) for index in range(3)]
+    for request in requests:
+        row = enter(rows, cache, request)
+        assert cache.extend(row, 4)
+        rows.num_computed[row] = 4  # six pages
+    order = np.array([2, 0, 1], np.int32)
+    assert not cache.extend_each(order)
+    assert cache.pool.num_free == 5, "nothing taken"
+    assert cache.extend(1, 1)  # by a step whose result did not count
+    assert cache.extend_each(order[1:])
+    assert cache.pool.num_free == 1, "row 1 has its page"
+    assert not cache.extend_each(order[:1])
+    tables = [held(rows, row, group) for row in range(3) for group in (0, 1)]
+    assert tables == [[0, 1], [0, 1], [0, 1], [0, 1], [0], [0]]
+    cache.check({row: request for row, request in enumerate(requests)})
+
+
 @pytest.mark.parametrize("windows", [(None,), (5,), (None, 5), (3, None, 9), (4, 4), (1, None), (17, 2)])
 def test_no_commit_that_would_do_something_is_left_out(windows: tuple[int | None, ...]) -> None:
     rng, skipped = random.Random(1), 0
@@ -139,7 +158,7 @@ def test_no_commit_that_would_do_something_is_left_out(windows: tuple[int | None
             assert cache.extend(row, chunk)
             rows.num_computed[row] += chunk
             books = (rows.page_tables.copy(), request.num_registered)
-            cache.commit(request, row)
+            cache.commit([request], np.array([row], np.int32))
             is_changed = bool((books[0] != rows.page_tables).any()) or books[1] != request.num_registered
             needed = cache.needs_commit(np.array([before], np.int32), np.array([before + chunk], np.int32))
             assert bool(needed[0]) or not is_changed, "a commit was left out"
@@ -171,8 +190,8 @@ def test_the_hit_is_the_longest_prefix_that_all_groups_hold(windows: tuple[int |
         places = itertools.product(range(len(windows)), range(len(names)))
         present = {place for place in places if rng.random() < share}
         for group, page_idx in present:
-            page = cache.pool.allocate()
-            cache.pool.register(page, group, names[page_idx])
+            page = cache.pool.allocate(1)[0]
+            cache.pool.register([page], group, [names[page_idx]])
             if rng.random() < 0.5:
                 cache.pool.release(page)
         hit = cache.lookup(request)
@@ -219,7 +238,7 @@ def test_two_rows_that_compute_the_same_prefix_keep_their_own_pages() -> None:
         assert cache.extend(request.row, 20)
         rows.num_computed[request.row] = 20
     for request in (one, two):
-        cache.commit(request, request.row)
+        cache.commit([request], np.array([request.row], np.int32))
     cache.check({one.row: one, two.row: two})
     leave(rows, cache, one)
     leave(rows, cache, two)
@@ -237,7 +256,7 @@ def test_the_tail_of_a_freed_chain_is_evicted_before_its_head() -> None:
     hits = []
     while cache.pool.num_free:
         hits.append(cache.lookup(request_of(range(25))))
-        cache.pool.allocate()
+        cache.pool.allocate(1)[0]
     assert hits == [6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0]
 
 
@@ -322,7 +341,7 @@ def test_pages_foreseen_at_admission_suffice(windows: tuple[int | None, ...]) ->
             assert before - cache.pool.num_free <= to_come
             lowest = min(lowest, cache.pool.num_free)
             rows.num_computed[row] += chunk
-            cache.commit(request, row)
+            cache.commit([request], np.array([row], np.int32))
         assert start - lowest <= foreseen - woken
         assert cache.pages_to_come(row, chunk_max) == 0
         if windows == (None,):
@@ -343,23 +362,23 @@ def entry_without_reference(rows: Rows, cache: KVCache) -> None:
 
 
 def outlived_window(rows: Rows, cache: KVCache) -> None:
-    rows.page_tables[1, 0, 0] = cache.pool.allocate()
+    rows.page_tables[1, 0, 0] = cache.pool.allocate(1)[0]
 
 
 def entry_beyond_the_end(rows: Rows, cache: KVCache) -> None:
-    rows.page_tables[0, 0, 9] = cache.pool.allocate()
+    rows.page_tables[0, 0, 9] = cache.pool.allocate(1)[0]
 
 
 def leaked_page(rows: Rows, cache: KVCache) -> None:
-    cache.pool.allocate()
+    cache.pool.allocate(1)[0]
 
 
 def name_of_an_open_page(rows: Rows, cache: KVCache) -> None:
-    cache.pool.register(int(rows.page_tables[0, 0, 4]), 0, b"early")
+    cache.pool.register([int(rows.page_tables[0, 0, 4])], 0, [b"early"])
 
 
 def page_of_a_free_row(rows: Rows, cache: KVCache) -> None:
-    rows.page_tables[0, 2, 0] = cache.pool.allocate()
+    rows.page_tables[0, 2, 0] = cache.pool.allocate(1)[0]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +402,7 @@ def test_check_finds_corrupt_books(corrupt: Callable[[Rows, KVCache], None], mes
         compute_alone = {r.row: r for r in (one, two) if r.row is not None}
         assert cache.extend(request.row, 18)
         rows.num_computed[request.row] = 18
-        cache.commit(request, request.row)
+        cache.commit([request], np.array([request.row], np.int32))
         cache.check(compute_alone)
     corrupt(rows, cache)
     with pytest.raises(AssertionError, match=message):

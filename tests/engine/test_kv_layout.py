@@ -1,6 +1,7 @@
 """Layer groups of the real models, and the pages that a sequence holds beside what the scheduler takes."""
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from paged_world import World, expected_output, prompt_of, request
@@ -161,13 +162,13 @@ def test_a_decoding_sequence_of_8192_tokens_really_holds_a_quarter_less() -> Non
     rows = Rows(max_seqs=1, max_model_len=8192, num_groups=2, page_tokens=16)
     pool = PagePool(1024)
     cache = KVCache(rows, pool, None, kv_layout(GEMMA2["2B"], 16, BF16).windows)
-    sequence = Request(request("a", [3] * 8192), 0, 1, frozenset(), [3] * 8192)
+    sequence = Request(request("a", [3] * 8192), 0, 1, frozenset(), np.full(8192, 3, np.int32))
     row = rows.take([3] * 8192, 8192)
     for chunk in [512] * 15 + [1] * 512:
         assert cache.extend(row, chunk)
         highest = pool.num_used
         rows.num_computed[row] += chunk
-        cache.commit(sequence, row)
+        cache.commit([sequence], np.array([row], np.int32))
     assert rows.num_computed[row] == 8192
     assert (rows.page_tables[:, row] != NULL_PAGE).sum(1).tolist() == [256, 512]
     assert 1 - highest / 1024 >= 0.249

@@ -14,50 +14,50 @@ def names(*texts: str) -> list[bytes]:
 
 def test_every_page_but_the_null_page_is_handed_out_once() -> None:
     pool = PagePool(5)
-    assert sorted(pool.allocate() for _ in range(5)) == [1, 2, 3, 4, 5]
+    assert sorted(pool.allocate(5)) == [1, 2, 3, 4, 5]
     assert (pool.num_free, pool.num_cached, pool.num_used) == (0, 0, 5)
     pool.check()
 
 
 def test_pages_without_a_name_are_reused_before_cached_ones() -> None:
     pool = PagePool(3)
-    named, nameless, last = (pool.allocate() for _ in range(3))
-    pool.register(named, 0, b"x")
+    named, nameless, last = pool.allocate(3)
+    pool.register([named], 0, [b"x"])
     for page in (named, nameless, last):
         pool.release(page)
-    assert [pool.allocate() for _ in range(3)] == [last, nameless, named]
+    assert pool.allocate(3) == [last, nameless, named]
 
 
 def test_the_least_recently_released_content_is_evicted_first() -> None:
     pool = PagePool(3)
-    pages = [pool.allocate() for _ in range(3)]
+    pages = pool.allocate(3)
     for page, name in zip(pages, names("a", "b", "c"), strict=True):
-        pool.register(page, 0, name)
+        pool.register([page], 0, [name])
     for idx in (1, 2, 0):
         pool.release(pages[idx])
     pool.share(pages[1])  # used again: now the most recent
     pool.release(pages[1])
     assert pool.num_cached == 3
-    assert [pool.allocate() for _ in range(3)] == [pages[2], pages[0], pages[1]]
+    assert pool.allocate(3) == [pages[2], pages[0], pages[1]]
     assert [pool.lookup(0, name) for name in names("a", "b", "c")] == [None, None, None]
 
 
 def test_a_page_leaves_the_middle_of_the_free_list() -> None:
     pool = PagePool(3)
-    pages = [pool.allocate() for _ in range(3)]
+    pages = pool.allocate(3)
     for page, name in zip(pages, names("a", "b", "c"), strict=True):
-        pool.register(page, 0, name)
+        pool.register([page], 0, [name])
         pool.release(page)
     pool.share(pages[1])
     pool.check()
     assert (pool.num_used, pool.num_cached) == (1, 2)
-    assert [pool.allocate(), pool.allocate()] == [pages[0], pages[2]]
+    assert pool.allocate(2) == [pages[0], pages[2]]
 
 
 def test_a_shared_page_is_free_when_its_last_owner_releases_it() -> None:
     pool = PagePool(2)
-    page = pool.allocate()
-    pool.register(page, 0, b"a")
+    page = pool.allocate(1)[0]
+    pool.register([page], 0, [b"a"])
     pool.share(page)
     pool.release(page)
     assert (pool.references(page), pool.num_used) == (1, 1)
@@ -68,16 +68,16 @@ def test_a_shared_page_is_free_when_its_last_owner_releases_it() -> None:
 
 def test_groups_do_not_share_names() -> None:
     pool = PagePool(2)
-    page = pool.allocate()
-    pool.register(page, 0, b"a")
+    page = pool.allocate(1)[0]
+    pool.register([page], 0, [b"a"])
     assert pool.lookup(1, b"a") is None
 
 
 def test_the_second_page_of_a_name_stays_nameless() -> None:
     pool = PagePool(2)
-    first, second = pool.allocate(), pool.allocate()
-    pool.register(first, 0, b"a")
-    pool.register(second, 0, b"a")
+    first, second = pool.allocate(2)
+    pool.register([first], 0, [b"a"])
+    pool.register([second], 0, [b"a"])
     assert pool.lookup(0, b"a") == first
     assert not pool.is_named(second)
     pool.check()
@@ -85,19 +85,19 @@ def test_the_second_page_of_a_name_stays_nameless() -> None:
 
 def test_a_name_is_kept_for_good() -> None:
     pool = PagePool(1)
-    page = pool.allocate()
-    pool.register(page, 0, b"a")
-    pool.register(page, 0, b"b")
+    page = pool.allocate(1)[0]
+    pool.register([page], 0, [b"a"])
+    pool.register([page], 0, [b"b"])
     assert (pool.lookup(0, b"a"), pool.lookup(0, b"b")) == (page, None)
 
 
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
-        (lambda pool: (pool.allocate(), pool.allocate(), pool.allocate()), "no free page"),
+        (lambda pool: pool.allocate(3), "no free page"),
         (lambda pool: pool.release(1), "released more often than owned"),
-        (lambda pool: pool.share(pool.allocate()), "only named pages are shared"),
-        (lambda pool: pool.register(1, 0, b"a"), "only pages in use are named"),
+        (lambda pool: pool.share(pool.allocate(1)[0]), "only named pages are shared"),
+        (lambda pool: pool.register([1], 0, [b"a"]), "only pages in use are named"),
     ],
 )
 def test_misuse_is_caught(misuse: Callable[[PagePool], object], message: str) -> None:
@@ -142,8 +142,8 @@ def corrupt_names(pool: PagePool) -> None:
 )
 def test_check_finds_a_corrupt_pool(corrupt: Callable[[PagePool], None], message: str) -> None:
     pool = PagePool(4)
-    pages = [pool.allocate() for _ in range(3)]
-    pool.register(pages[0], 0, b"a")
+    pages = pool.allocate(3)
+    pool.register([pages[0]], 0, [b"a"])
     pool.release(pages[0])
     pool.check()
     corrupt(pool)
@@ -161,10 +161,12 @@ def test_ten_thousand_random_steps_agree_with_a_naive_model(seed: int) -> None:
     for _ in range(10_000):
         action = rng.choice(("allocate", "share", "release", "release", "register"))
         if action == "allocate" and free:
-            page = pool.allocate()
-            assert page == free.pop(0)
-            owners[page] = 1
-            named.pop(page, None)
+            count = rng.randint(1, min(3, len(free)))
+            pages, free = free[:count], free[count:]
+            assert pool.allocate(count) == pages
+            for page in pages:
+                owners[page] = 1
+                named.pop(page, None)
         elif action == "share" and named:
             page = rng.choice(list(named))
             pool.share(page)
@@ -179,10 +181,12 @@ def test_ten_thousand_random_steps_agree_with_a_naive_model(seed: int) -> None:
                 del owners[page]
                 free.insert(len(free) if page in named else 0, page)
         elif action == "register" and owners:
-            page, name = rng.choice(list(owners)), (rng.randrange(2), bytes([rng.randrange(8)]))
-            pool.register(page, *name)
-            if page not in named and name not in named.values():
-                named[page] = name
+            pages, group = rng.choices([0, *owners], k=3), rng.randrange(2)  # 0: the null page
+            contents = [bytes([rng.randrange(8)]) for _ in pages]
+            pool.register(pages, group, contents)
+            for page, content in zip(pages, contents, strict=True):
+                if page and page not in named and (group, content) not in named.values():
+                    named[page] = (group, content)
         pool.check()
         assert (pool.num_free, pool.num_used) == (len(free), len(owners))
         assert pool.num_cached == sum(page in named for page in free)

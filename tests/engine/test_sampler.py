@@ -28,7 +28,7 @@ class Bench:
         self.row_ids = []
         for index, each in enumerate(params):
             message = GenerateRequest(request_id=str(index), prompt_ids=PROMPT, params=each)
-            request = Request(message, index, 8, stop, PROMPT)
+            request = Request(message, index, 8, stop, np.array(PROMPT, np.int32))
             request.row = self.rows.take([*PROMPT, *OUTPUT], len(PROMPT))
             self.sampler.set_row(request)
             self.row_ids.append(request.row)

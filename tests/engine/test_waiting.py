@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from cabochon.engine.messages import GenerateRequest
@@ -14,7 +15,7 @@ def waiting_request(arrival_idx: int, length: int = 1, priority: int = 0) -> Req
     message = GenerateRequest(
         request_id=f"{arrival_idx}", prompt_ids=[2] * length, params=SamplingParams(), priority=priority
     )
-    return Request(message, arrival_idx, 1, frozenset(), [2] * length)
+    return Request(message, arrival_idx, 1, frozenset(), np.full(length, 2, np.int32))
 
 
 def test_both_orders_within_each_priority() -> None:

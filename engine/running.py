@@ -1,0 +1,61 @@
+"""The requests that have a row, by rank: who is served first and preempted last."""
+
+from bisect import insort
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cabochon.engine.request import Request
+
+
+class Running:
+    """Iterates in order of rank."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._by_row: dict[int, Request] = {}
+        self._rows: NDArray[np.int32] | None = None  # as long as nobody comes or goes
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    @property
+    def worst(self) -> Request:
+        """Whoever is preempted first. There must be one."""
+        return self._requests[-1]
+
+    @property
+    def by_row(self) -> dict[int, Request]:
+        """Whose row is which. Not to be changed."""
+        return self._by_row
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """The rows in order of rank, [len] int32. Not to be changed."""
+        if self._rows is None:
+            self._rows = np.array([request.row for request in self._requests], np.int32)
+        return self._rows
+
+    def add(self, request: Request) -> None:
+        """It has its row."""
+        assert request.row is not None
+        insort(self._requests, request, key=lambda one: one.rank)
+        self._by_row[request.row] = request
+        self._rows = None
+
+    def remove(self, request: Request) -> None:
+        """It has its row still."""
+        assert request.row is not None
+        self._requests.remove(request)
+        del self._by_row[request.row]
+        self._rows = None
+
+    def check(self) -> None:
+        """Prove that the books agree."""
+        assert {request.row: request for request in self._requests} == self._by_row
+        assert sorted(self._requests, key=lambda one: one.rank) == self._requests
+        assert self.rows.tolist() == [request.row for request in self._requests]
