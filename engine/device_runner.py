@@ -158,12 +158,9 @@ class DeviceRunner(StepRunner):
         return logits if cap is None else softcap_(logits, cap)
 
     def _prompt_parts(self, plan: Plan, rows: Rows) -> list[PromptPart]:
-        wants = self._wants[plan.rows] & PROMPT_LOGPROBS
-        return (
-            prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
-            if wants.any()
-            else []
-        )
+        if not (self._wants[plan.rows] & PROMPT_LOGPROBS).any():
+            return []
+        return prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
 
     def _params(self, row: int) -> SamplingParams:
         return self._requests[row].message.params

@@ -27,14 +27,15 @@ class Int8Linear:
         """weight: [n, k], left as it is. Raises ConfigError for shapes that the kernel does not take."""
         self.out_features, self.in_features = weight.shape
         _check_shape(weight)
-        self._values, self._scales = quantize_weight(weight)
-        self.weight = Weight(self._values, self._scales)
-        self.num_bytes = self._values.nbytes + self._scales.nbytes
+        self.weight = Weight(*quantize_weight(weight))
+        self.num_bytes = sum(part.nbytes for part in self.weight if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, k]. Returns [rows, n] in x's dtype; not finite where a row of x is not in one element."""
         out = x.new_empty((len(x), self.out_features))
-        int8_linear(x.contiguous(), self._values, self._scales, out=out)
+        values, scales = self.weight
+        assert scales is not None
+        int8_linear(x.contiguous(), values, scales, out=out)
         return out
 
     def exact(self, x: Tensor, weight_rows: Tensor) -> Tensor:

@@ -119,9 +119,8 @@ class KVCache:
     def extend_each(self, rows: NDArray[np.int32]) -> bool:
         """Pages for the next token of each of these rows; nothing taken and False if there are too few."""
         ends = self._end_page[rows]
-        lacking = (
-            ends * self.page_tokens <= self._rows.num_computed[rows]
-        )  # a step that did not count took some
+        # Not those of a step that did not count: it took them already
+        lacking = ends * self.page_tokens <= self._rows.num_computed[rows]
         rows, ends = rows[lacking], ends[lacking]
         shape = (len(rows), len(self._windows))
         if shape[0] * shape[1] > self.pool.num_free:

@@ -43,9 +43,8 @@ class PagePool:
         pages, page = [], self._next[NIL]
         for _ in range(count):
             pages.append(page)
-            if self._name[page] is not None:
-                self.num_cached -= 1
-                self._lose_name(page)
+            self.num_cached -= self._name[page] is not None
+            self._lose_name(page)
             self._references[page] = 1
             page = self._next[page]
         self._next[NIL], self._previous[page] = page, NIL

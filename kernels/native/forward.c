@@ -40,8 +40,8 @@ struct step {
 
 struct buffers {
   char *x, *qkv, *q, *attended, *gate_up, *gated, *branch; /* [T, E], [T, (Hq + 2 Hkv) D], ... */
-  int16_t *x_values;                                       /* of the widest row, in 16 bits */
-  float *x_scales;                                         /* [T] */
+  int16_t *x_values; /* what int8 makes of x: [T, K'], but for the last product, which takes the place of gate_up */
+  float *x_scales;   /* [T] */
 };
 
 static char *take(char *base, int64_t *used, int64_t bytes) {
@@ -51,27 +51,29 @@ static char *take(char *base, int64_t *used, int64_t bytes) {
 }
 
 /* Places in base, and the bytes of all. */
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Places in base, and the bytes of all. */
 static int64_t lay_out(const struct model *m, int64_t T, char *base, struct buffers *b) {
   const int64_t size = m->is_fp32 ? 4 : 2, heads = (int64_t)m->Hq * m->D;
-  int64_t used = 0, widest = m->E > m->F ? m->E : m->F;
-  widest = widest > heads ? widest : heads;
+  int64_t used = 0;
   b->x = take(base, &used, T * m->E * size);
   b->qkv = take(base, &used, T * (m->Hq + 2 * m->Hkv) * m->D * size);
   b->q = take(base, &used, T * heads * size);
   b->attended = take(base, &used, T * heads * size);
-  b->gate_up = take(base, &used, T * 2 * m->F * size);
+  b->gate_up = take(base, &used, T * largest(2 * m->F * size, (m->F + PAIRS) * sizeof(int16_t)));
   b->gated = take(base, &used, T * m->F * size);
   b->branch = take(base, &used, T * m->E * size);
-  b->x_values = (int16_t *)take(base, &used, T * (widest + PAIRS) * 2);
+  b->x_values = (int16_t *)take(base, &used, T * (largest(m->E, heads) + PAIRS) * sizeof(int16_t));
   b->x_scales = (float *)take(base, &used, T * sizeof(float));
   return used;
 }
 
-/* x: [T, K]. out: [T, N]. Returns 0, or -1 without memory. */
+/* x: [T, K]. out: [T, N]. x_values: memory for x in 16 bits. Returns 0, or -1 without memory. */
 static int multiply(const struct model *m, const struct step *s, const struct buffers *b, const struct weight *w,
-                    const void *x, void *out, int N, int K) {
+                    const void *x, int16_t *x_values, void *out, int N, int K) {
   if (!w->scales) return cabochon_linear(x, w->values, out, s->T, N, K, s->num_threads);
-  cabochon_int8_linear(x, b->x_values, b->x_scales, w->values, w->scales, out, s->T, N, K,
+  cabochon_int8_linear(x, x_values, b->x_scales, w->values, w->scales, out, s->T, N, K,
                        (K + PAIRS - 1) / PAIRS * PAIRS, m->is_fp32, s->num_threads);
   return 0;
 }
@@ -79,19 +81,19 @@ static int multiply(const struct model *m, const struct step *s, const struct bu
 static int forward_layer(const struct model *m, const struct step *s, const struct buffers *b, const struct layer *l,
                          const float *next_norm) {
   const int E = m->E, F = m->F, Hq = m->Hq, Hkv = m->Hkv, D = m->D, fp32 = m->is_fp32, threads = s->num_threads;
-  if (multiply(m, s, b, &l->qkv, b->x, b->qkv, (Hq + 2 * Hkv) * D, E)) return -1;
+  if (multiply(m, s, b, &l->qkv, b->x, b->x_values, b->qkv, (Hq + 2 * Hkv) * D, E)) return -1;
   cabochon_qkv_rope_write(b->qkv, s->positions, s->slots[l->group], l->cos, l->sin, l->q_norm, l->k_norm, b->q,
                           l->k_pages, l->v_pages, m->eps, s->T, Hq, Hkv, D, fp32, threads);
   if (cabochon_paged_attention(b->q, l->k_pages, l->v_pages, s->page_tables[l->group], s->cu_seqlens, s->seq_lens,
                                b->attended, m->attention_scale, m->softcap, s->S, s->M, m->P, Hq, Hkv, D, l->window,
                                fp32, threads))
     return -1;
-  if (multiply(m, s, b, &l->out, b->attended, b->branch, E, Hq * D)) return -1;
+  if (multiply(m, s, b, &l->out, b->attended, b->x_values, b->branch, E, Hq * D)) return -1;
   cabochon_sandwich_norm(b->branch, s->residual, l->post_attention_norm, l->pre_mlp_norm, b->x, m->eps, s->T, E, fp32,
                          threads);
-  if (multiply(m, s, b, &l->gate_up, b->x, b->gate_up, 2 * F, E)) return -1;
+  if (multiply(m, s, b, &l->gate_up, b->x, b->x_values, b->gate_up, 2 * F, E)) return -1;
   cabochon_geglu(b->gate_up, b->gated, s->T, F, fp32, threads);
-  if (multiply(m, s, b, &l->down, b->gated, b->branch, E, F)) return -1;
+  if (multiply(m, s, b, &l->down, b->gated, (int16_t *)b->gate_up, b->branch, E, F)) return -1;
   cabochon_sandwich_norm(b->branch, s->residual, l->post_mlp_norm, next_norm, next_norm ? b->x : 0, m->eps, s->T, E,
                          fp32, threads);
   return 0;
