@@ -96,6 +96,20 @@ def step_overhead(rows: Sequence[Row]) -> list[str]:
     return _table(head, cells)
 
 
+def tune(rows: Sequence[Row]) -> list[str]:
+    """`tune.py`: a line for each trial of a search, in its order."""
+    (row,) = rows
+    names = list(row["flags"])
+    cells = [
+        (
+            *(f"{trial['flags'][name]:g}" for name in names),
+            f"{trial['value']:.2f}" if "value" in trial else str(trial["reason"]),
+        )
+        for trial in row["trials"]
+    ]
+    return _table((*(f"`--{name.replace('_', '-')}`" for name in names), row["objective"]), cells)
+
+
 def memory(rows: Sequence[Row]) -> list[str]:
     """`memory.py`: KV bytes of one sequence, and what a busy engine leaves unused of its pages."""
     busy = {row["model"]: row for row in rows if row.get("case") == "busy"}
@@ -296,6 +310,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "structured": structured,
     "startup": startup,
     "step-overhead": step_overhead,
+    "tune": tune,
     "memory": memory,
     "processes": processes,
     "latency": latency,

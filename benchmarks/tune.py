@@ -201,6 +201,7 @@ def report(tuner: Tuner, args: argparse.Namespace) -> None:
         "benchmark": "tune", "summary": f"best of {sum(state in DONE for state in states)} trials",
         "objective": args.objective, "value": best.value, "flags": flags, "defaults": tuner.defaults,
         "infeasible": states.count(TrialState.PRUNED), **best.user_attrs["stage"],
+        "trials": [_told(trial) for trial in tuner.study.get_trials(states=DONE)],
         "slo_share": args.slo_share, "load": shlex.join(args.load),
     }  # fmt: skip
     if args.confirm:
@@ -214,6 +215,12 @@ def report(tuner: Tuner, args: argparse.Namespace) -> None:
         found = f"Found by `python benchmarks/tune.py`, {row['summary']}, on {environment()['cpu']}: {figure}"
         target.write_text(component(flags, [found, f"under `{shlex.join(args.load)}`."]))
         print(f"{target}: name its directory among the components of your site")
+
+
+def _told(trial: FrozenTrial) -> Row:
+    """Its options, and its figure or why it has none."""
+    end = {"value": trial.value} if trial.value is not None else {"reason": trial.user_attrs.get("reason")}
+    return {"flags": trial.params, **end}
 
 
 def main(argv: list[str] | None = None, measure: Measure | None = None) -> None:

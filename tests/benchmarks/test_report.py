@@ -120,6 +120,21 @@ def test_a_serving_table_has_a_line_for_each_stage(results: Path) -> None:
     assert lines[2] == "| 1 req/s | 4 | 500 | 990 | 500 | 990 | 50 % | 10 % |"
 
 
+def test_a_table_of_a_search_has_a_line_for_each_trial() -> None:
+    slow, none = {"step_tokens": 128, "threads": 1}, {"step_tokens": 2048, "threads": 2}
+    row = {
+        "objective": "goodput",
+        "flags": slow,
+        "trials": [{"flags": slow, "value": 1.5}, {"flags": none, "reason": "at most 80% kept the SLO"}],
+    }
+    assert tables.tune([row]) == [
+        "| `--step-tokens` | `--threads` | goodput |",
+        "| --- | --- | --- |",
+        "| 128 | 1 | 1.50 |",
+        "| 2048 | 2 | at most 80% kept the SLO |",
+    ]
+
+
 def test_tables_of_model_armor_take_the_rows_of_their_case(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"case": "ttft", "unguarded_ms": 400.2, "prompt_ms": 403.4, "added_ms": 3.21, "check_ms": 250.0},

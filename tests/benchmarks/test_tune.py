@@ -126,6 +126,9 @@ def test_what_is_found_is_run_again_beside_the_defaults_and_written(
     assert row["confirmed"] == {
         "rounds": 2, "best": [3.0, 3.0], "default": [2.0, 2.0], "ratio": 1.5, "ratio_min_max": [1.5, 1.5],
     }  # fmt: skip
+    assert len(row["trials"]) == 12
+    assert {trial["value"] for trial in row["trials"]} == {2.0, 3.0}
+    assert all((trial["flags"]["max_seqs"] == 32) == (trial["value"] == 3.0) for trial in row["trials"])
     last = [name for name, _ in machine.asked[-4:]]
     assert last == [f"confirm-{number}-{arm}" for number in (1, 2) for arm in ("default", "best")]
     step = row["flags"]["step_tokens"]

@@ -1,5 +1,6 @@
 """What `Forward` refuses. What it computes: tests/engine/models/test_native_forward.py, on whole models."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,9 @@ def test_it_runs() -> None:
         {"weights": tuple(Weight(values, None) for values, _ in layer().weights)},
         {"weights": tuple(Weight(values, torch.ones(1)) for values, _ in layer().weights)},
         {"angles": (torch.ones(9, D), torch.zeros(9, D))},
+        {"angles": (torch.ones(9, D)[:, ::2], torch.ones(9, D)[:, ::2])},
+        {"angles": (torch.ones(9, D // 2), torch.zeros(9, D // 2).double())},
+        {"weights": tuple(Weight(values.T.contiguous().T, scales) for values, scales in layer().weights)},
         {"pages": (torch.zeros(PAGES, 4, KV_HEADS, D), torch.zeros(PAGES, 8, KV_HEADS, D))},
         {"pages": (torch.zeros(PAGES, 4, 1, D), torch.zeros(PAGES, 4, 1, D))},
         {"pages": (torch.zeros(PAGES, 4, KV_HEADS, D).bfloat16(),) * 2},
@@ -79,9 +83,23 @@ def test_a_layer_that_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
         Forward(torch.randn(3, E), 2.0, SIZES, [layer(), layer(**changes)])
 
 
+@pytest.mark.parametrize("sizes", [{"heads": 3}, {"hidden": 48}, {"head_dim": 24}, {"mlp": 40}])
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Forward(torch.randn(3, E), 2.0, replace(SIZES, **sizes), [layer()])
+
+
+def test_want_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Forward(torch.randn(3, E), 2.0, SIZES, [layer()])
+    monkeypatch.setattr("cabochon.kernels.native.forward.function", lambda *_: lambda *_: -1)
+    with pytest.raises(MemoryError, match="a step of 1 tokens"):
+        step(forward)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"page_tables": []},
         {"token_ids": IDS.int()},
         {"positions": torch.zeros(2, dtype=torch.int64)},
         {"slots": [IDS, IDS]},
