@@ -61,7 +61,7 @@ static int64_t lay_out(const struct model *m, int64_t T, char *base, struct buff
   b->qkv = take(base, &used, T * (m->Hq + 2 * m->Hkv) * m->D * size);
   b->q = take(base, &used, T * heads * size);
   b->attended = take(base, &used, T * heads * size);
-  b->gate_up = take(base, &used, T * largest(2 * m->F * size, (m->F + PAIRS) * sizeof(int16_t)));
+  b->gate_up = take(base, &used, T * 2 * m->F * size); /* x in 16 bits, too: K' is at most 2 F */
   b->gated = take(base, &used, T * m->F * size);
   b->branch = take(base, &used, T * m->E * size);
   b->x_values = (int16_t *)take(base, &used, T * (largest(m->E, heads) + PAIRS) * sizeof(int16_t));
