@@ -243,11 +243,11 @@ class Scheduler:
         is_decode = known - computed == 1
         if self._late:
             is_decode &= ~np.isin(rows, [request.row for request in self._late if request.row is not None])
-        needs_page = is_decode & (computed % self._cache.page_tokens == 0)
+        at_border = rows[is_decode & (computed % self._cache.page_tokens == 0)]
         self._work.update(dict.fromkeys(rows[is_decode].tolist(), 1))
-        if self._cache.extend_each(rows[needs_page]):
+        if not len(at_border) or self._cache.extend_each(at_border):
             return
-        for request in [self.request(row) for row in rows[needs_page].tolist()]:
+        for request in [self.request(row) for row in at_border.tolist()]:
             if request.row is not None and not self._extend(request, 1):
                 self._preempt(request)
 
@@ -388,7 +388,8 @@ class Scheduler:
 
     def _commit(self, plan: Plan, after: NDArray[np.int32]) -> None:
         rows = plan.rows[self._cache.needs_commit(plan.starts, after)]
-        self._cache.commit([self.request(row) for row in rows.tolist()], rows)
+        if len(rows):
+            self._cache.commit([self.request(row) for row in rows.tolist()], rows)
 
 
 def _rank(request: Request) -> tuple[int, int]:
