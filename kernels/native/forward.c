@@ -5,7 +5,6 @@
 #include "kernels.h"
 #include "layers.h"
 
-#define PAIRS 32      /* of int8.c: the length of its rows is a multiple */
 #define ALIGNMENT 64
 
 struct weight {
@@ -50,7 +49,6 @@ static char *take(char *base, int64_t *used, int64_t bytes) {
   return place;
 }
 
-/* Places in base, and the bytes of all. */
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Places in base, and the bytes of all. */

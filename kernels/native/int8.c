@@ -9,7 +9,6 @@
 #include "layers.h"
 #include "threads.h"
 
-#define PAIRS (2 * LANES) /* products that a vector of sums takes at once; K' is a multiple */
 #define SEGMENT (256 * PAIRS) /* of a row: 512 products of 32,512 by 127 are below 2^31 */
 #define WEIGHTS 4         /* rows of the weight together */
 #define AHEAD 4096        /* bytes of the weight: what memory is asked for meanwhile */

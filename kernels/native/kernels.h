@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define PAIRS 32 /* products of int8.c that a vector of sums takes at once, twice its LANES; K' is a multiple */
+
 void cabochon_embed_norm(const int64_t *token_ids, const void *embedding, float scale, const float *weight,
                          void *residual, void *x, float eps, int T, int E, int is_fp32, int num_threads);
 void cabochon_sandwich_norm(const void *branch, void *residual, const float *post, const float *pre, void *x,
