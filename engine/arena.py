@@ -1,7 +1,8 @@
 """Device arrays that live in one buffer, so that one scatter changes any elements of any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
+from struct import Struct
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from cabochon.engine.errors import ConfigError
 Owner = TypeVar("Owner")
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> zeros
 NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
+CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: "d"}  # struct's
 ALIGNMENT = 4  # words
 
 
@@ -54,14 +56,21 @@ class Arena:
     def write(self, target: Tensor, values: NDArray[np.generic]) -> None:
         """target: a contiguous view of an allocated array. No element may be written twice before `take`."""
         words = np.ascontiguousarray(values, NUMPY[target.dtype]).reshape(-1).view(np.int32)
-        start = int(target.storage_offset()) * target.itemsize // 4
+        self.write_words(first_word(target), words)
+
+    def write_words(self, start: int, words: NDArray[np.int32]) -> None:
+        """The same by the first's place: a view that only says where costs more than the rest."""
         self._places.append(np.arange(start, start + len(words), dtype=np.int32))
         self._words.append(words)
 
+    def write_row(self, fields: "RowFields", row: int, values: Sequence[float]) -> None:
+        """One row of all these arrays. The same rule."""
+        self._places.append(fields.places(row))
+        self._words.append(fields.words(values))
+
     def write_elements(self, target: Tensor, flat: NDArray[np.int64], values: NDArray[np.int32]) -> None:
         """Some elements of an int32 array, by their places in it as if it were flat."""
-        start = int(target.storage_offset())
-        self._places.append((flat + start).astype(np.int32))
+        self._places.append((flat + first_word(target)).astype(np.int32))
         self._words.append(values)
 
     def take(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -76,6 +85,30 @@ class Arena:
         """On the device: memory[places] = words, both [n] int32."""
         if len(places):
             self._memory.index_copy_(0, places.long(), words)
+
+
+class RowFields:
+    """Allocated arrays of few elements per row, [max_seqs, ...] each, of which a row is written in one go."""
+
+    def __init__(self, arrays: Sequence[Tensor]) -> None:
+        self._struct = Struct("=" + "".join(f"{array[0].numel()}{CODES[array.dtype]}" for array in arrays))
+        widths = [array.stride(0) * array.itemsize // 4 for array in arrays]
+        starts = [np.arange(n) + first_word(array) for n, array in zip(widths, arrays, strict=True)]
+        self._first = np.concatenate(starts).astype(np.int32)
+        self._stride = np.repeat(widths, widths).astype(np.int32)
+
+    def places(self, row: int) -> NDArray[np.int32]:
+        """Of the row's words."""
+        return self._first + row * self._stride
+
+    def words(self, values: Sequence[float]) -> NDArray[np.int32]:
+        """values: those of all arrays, in order. Raises struct.error if one does not fit its type."""
+        return np.frombuffer(self._struct.pack(*values), np.int32)
+
+
+def first_word(array: Tensor) -> int:
+    """The place of an allocated array, or of a view of one, in its arena."""
+    return int(array.storage_offset()) * array.itemsize // 4
 
 
 def _num_words(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -41,4 +41,4 @@ class AwaitedPages:
         other = self._by_name.get(name)
         if other is None or other.row is None or other.rank > request.rank:
             return False
-        return other.num_registered <= page_idx
+        return self._cache.num_named(other.row) <= page_idx

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cabochon.engine.arena import Allocate, Arena
+from cabochon.engine.arena import Allocate, Arena, RowFields, first_word
 from cabochon.engine.packet import Packet
 from cabochon.engine.plan import Plan
 from cabochon.engine.rows import Rows
@@ -44,16 +44,17 @@ class DeviceRows:
 
         self._arena, arrays = Arena.holding(make, device)
         self.token_ids, self.num_tokens, self.num_prompt, self.page_tables, self.sampling = arrays
+        self._first_token = first_word(self.token_ids)
+        self._fields = RowFields([self.num_tokens, self.num_prompt, *self.sampling.fields])
         self._num_sent = np.zeros(max_seqs, np.int64)  # pages of each row that the device has
 
     def stage_row(self, row: int, ids: NDArray[np.int32], num_prompt: int, sampling: RowSampling) -> None:
         """A request with these known tokens has got this row. At most once per step and row."""
-        write = self._arena.write
-        write(self.token_ids[row, : len(ids)], ids)
-        write(self.num_tokens[row : row + 1], np.array([len(ids)]))
-        write(self.num_prompt[row : row + 1], np.array([num_prompt]))
-        for target, values in self.sampling.row_writes(row, sampling, ids[:num_prompt], ids[num_prompt:]):
-            write(target, values)
+        values, entries = self.sampling.row_values(row, sampling, ids[:num_prompt], ids[num_prompt:])
+        self._arena.write_words(self._first_token + row * self.token_ids.shape[1], ids)
+        self._arena.write_row(self._fields, row, [len(ids), num_prompt, *values])
+        for target, written in entries:
+            self._arena.write(target, written)
         self._num_sent[row] = 0
 
     def stage_pages(self, plan: Plan, rows: Rows) -> None:

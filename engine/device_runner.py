@@ -91,12 +91,11 @@ class DeviceRunner(StepRunner):
         assert request.row is not None
         self._requests[request.row] = request
         params = request.message.params
-        wants = {
-            LOGPROBS: params.logprobs is not None,
-            PROMPT_LOGPROBS: params.prompt_logprobs is not None,
-            MASKS: params.grammar is not None,
-        }
-        self._wants[request.row] = sum(flag for flag, is_wanted in wants.items() if is_wanted)
+        self._wants[request.row] = (
+            (params.logprobs is not None) * LOGPROBS
+            | (params.prompt_logprobs is not None) * PROMPT_LOGPROBS
+            | (params.grammar is not None) * MASKS
+        )
         num_prompt = len(request.message.prompt_ids)
         self._rows.stage_row(request.row, request.token_ids, num_prompt, row_sampling(request))
 

@@ -5,7 +5,7 @@ W − 1 tokens before the boundary. Pages that have left a window go back to the
 reused. Knows nothing of tensors or of which request goes first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from cabochon.engine.kv_events import KVEvents
 from cabochon.engine.page_pool import PagePool
 from cabochon.engine.request import Request
 from cabochon.engine.rows import NULL_PAGE, Rows
+
+NEVER = np.iinfo(np.int32).max  # no step has that many full pages
 
 
 class KVCache:
@@ -45,6 +47,7 @@ class KVCache:
         self._first_page = np.zeros((len(self._sliding), rows.max_seqs), np.int32)
         self._end_page = np.zeros(rows.max_seqs, np.int32)
         self._attached = np.zeros(rows.max_seqs, np.int32)  # pages before it came from the prefix cache
+        self._num_named = np.full(rows.max_seqs, NEVER, np.int32)  # pages of a row that can be found
 
     def page_names(self, request: Request, num_pages: int) -> list[bytes]:
         """Chain hashes of the request's first num_pages full pages; shorter if its known tokens are."""
@@ -100,7 +103,8 @@ class KVCache:
             self._first_page[idx, row] = hit_pages - self._tail_pages(window, hit_pages)
         self._end_page[row] = self._attached[row] = hit_pages
         self._rows.num_computed[row] = hit_pages * self.page_tokens
-        request.num_registered = hit_pages
+        is_shared = request.is_published and self._hasher is not None
+        self._num_named[row] = hit_pages if is_shared else NEVER
 
     def extend(self, row: int, num_new: int) -> bool:
         """Pages for the next num_new tokens in every group; nothing taken and False if there are too few."""
@@ -130,36 +134,48 @@ class KVCache:
         self._end_page[rows] = ends + 1
         return True
 
-    def commit(self, requests: Sequence[Request], rows: NDArray[np.int32]) -> None:
+    def commit(self, by_row: Mapping[int, Request], rows: NDArray[np.int32]) -> None:
         """Name the pages that are full of known tokens, give back those that no later query sees.
 
-        requests: those of rows [n]. Once the step is on its way: what else gets these pages runs after it.
+        Of rows [n]. Once the step is on its way: what else gets these pages runs after it.
         """
-        computed = self._rows.num_computed[rows]
-        full = (computed // self.page_tokens).tolist()
-        for request, row, num_pages in zip(requests, rows.tolist(), full, strict=True):
-            if request.is_published:
-                self._register(request, row, num_pages)
+        P, computed = self.page_tokens, self._rows.num_computed[rows]
+        known = self._rows.num_tokens[rows] - self._rows.num_pending[rows]
+        full = np.minimum(computed, known) // P
+        is_behind = full > self._num_named[rows]
+        if is_behind.any():
+            for row, num_pages in zip(rows[is_behind].tolist(), full[is_behind].tolist(), strict=True):
+                self._register(by_row[row], row, num_pages)
         for idx, (window, groups) in enumerate(self._sliding):
             # Page p goes when its last position (p + 1) P − 1 is at most q − W, q = computed the next query
-            firsts = self._first_page[idx, rows]
-            ends = np.maximum(computed - window + 1, 0) // self.page_tokens
-            for row, first, end in np.stack([rows, firsts, ends], 1)[ends > firsts].tolist():
+            firsts, ends = self._first_page[idx, rows], (computed - window + 1) // P
+            has_left = ends > firsts
+            if not has_left.any():
+                continue
+            left = (rows[has_left].tolist(), firsts[has_left].tolist(), ends[has_left].tolist())
+            for row, first, end in zip(*left, strict=True):
                 self._release(self._tables[groups, row, first:end].T)
                 self._tables[groups, row, first:end] = NULL_PAGE
                 self._first_page[idx, row] = end
 
+    def num_named(self, row: int) -> int:
+        """Its first so many pages can be found; NEVER if none that it computes ever can."""
+        return int(self._num_named[row])
+
     def publish(self, request: Request) -> None:
         """Offer the pages of a private request to others from now on."""
         request.is_published = True
-        if request.row is not None:
-            computed = int(self._rows.num_computed[request.row])
-            self._register(request, request.row, computed // self.page_tokens)
+        row = request.row
+        if row is not None and self._hasher is not None:
+            self._num_named[row] = self._attached[row]
+            computed = min(int(self._rows.num_computed[row]), len(self._known_tokens(request)))
+            self._register(request, row, computed // self.page_tokens)
 
     def disown(self, request: Request) -> None:
         """Nobody finds the pages that it has computed, from now on. The request must have a row."""
         assert request.row is not None
         request.is_published = False
+        self._num_named[request.row] = NEVER
         for page in self._tables[:, request.row, self._attached[request.row] :].ravel().tolist():
             if page != NULL_PAGE:
                 self.pool.forget(page)
@@ -170,14 +186,7 @@ class KVCache:
         self._release(self._tables[:, row, :end].T[::-1])
         self._tables[:, row, :end] = NULL_PAGE
         self._first_page[:, row] = self._end_page[row] = self._attached[row] = 0
-
-    def needs_commit(self, before: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """For values of num_computed before and after a step: is there anything to name or to give back?"""
-        P = self.page_tokens
-        changed: NDArray[np.bool_] = before // P != after // P
-        for window, _ in self._sliding:
-            changed |= (after >= window) & ((before - window + 1) // P != (after - window + 1) // P)
-        return changed
+        self._num_named[row] = NEVER
 
     def check(self, running: dict[int, Request]) -> None:
         """Prove that tables and reference counts agree, and that no page that is written has two owners."""
@@ -250,19 +259,17 @@ class KVCache:
         return page
 
     def _register(self, request: Request, row: int, num_pages: int) -> None:
-        start = request.num_registered
-        if start >= num_pages or self._hasher is None:
-            return
+        start = self.num_named(row)
         self._hash(request, num_pages)
         names = request.page_hashes[start + 1 : num_pages + 1]
-        for group, pages in enumerate(self._tables[:, row, start : start + len(names)].tolist()):
+        for group, pages in enumerate(self._tables[:, row, start:num_pages].tolist()):
             self.pool.register(pages, group, names)
-        request.num_registered = start + len(names)
+        self._num_named[row] = num_pages
         if self._events is not None:
-            self._announce(request, start)
+            self._announce(request, start, num_pages)
 
-    def _announce(self, request: Request, start: int) -> None:
-        """Tell of the pages from `start` on.
+    def _announce(self, request: Request, start: int, end: int) -> None:
+        """Tell of the pages [start, end).
 
         Not with a salt: who hashes token ids alone would send requests that cannot hit, and no tenant's salt
         may leave the process. Not of an adapter that new requests cannot name.
@@ -272,7 +279,7 @@ class KVCache:
         if request.message.cache_salt is not None or (adapter is not None and adapter.is_unloaded):
             return
         tokens, P, names = self._known_tokens(request), self.page_tokens, request.page_hashes
-        for page_idx in range(start, request.num_registered):
+        for page_idx in range(start, end):
             parent = names[page_idx] if page_idx else None  # names[0] is the root
             page = tokens[page_idx * P : (page_idx + 1) * P].tobytes()
             self._events.store(names[page_idx + 1], parent, page, adapter)

@@ -35,16 +35,20 @@ class Plan:
         return int(self.lens.sum())
 
     @classmethod
-    def of(cls, work: Mapping[int, int], rows: Rows) -> Self:
-        """work: tokens to compute by row."""
-        row_ids = np.fromiter(work.keys(), np.int32, len(work))
-        lens = np.fromiter(work.values(), np.int32, len(work))
+    def of(cls, decodes: NDArray[np.int32], chunks: Mapping[int, int], rows: Rows) -> Self:
+        """decodes: rows with one token each. chunks: tokens to compute of other rows."""
+        num_decodes, total = len(decodes), len(decodes) + len(chunks)
+        row_ids, lens = np.empty(total, np.int32), np.ones(total, np.int32)
+        row_ids[:num_decodes], row_ids[num_decodes:] = decodes, list(chunks)
+        lens[num_decodes:] = list(chunks.values())
         starts = rows.num_computed[row_ids]
         samples = starts + lens == rows.num_tokens[row_ids]
         is_decode = samples & (lens == 1)
         slots = rows.adapter_slots[row_ids]
-        order = np.lexsort((slots, ~is_decode))  # stable
-        return cls(row_ids[order], starts[order], lens[order], samples[order], int(is_decode.sum()))
+        if chunks or (slots != slots[0]).any() or not is_decode.all():
+            order = np.lexsort((slots, ~is_decode))  # stable
+            row_ids, starts, lens, samples = row_ids[order], starts[order], lens[order], samples[order]
+        return cls(row_ids, starts, lens, samples, int(is_decode.sum()))
 
     def without(self, row_ids: Collection[int]) -> Self:
         """The sequences of other rows."""

@@ -30,7 +30,6 @@ class Request:
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     page_hashes: list[bytes] = field(default_factory=list)  # root, then chain hashes of its full pages
-    num_registered: int = 0  # pages that are named in the pool
     is_published: bool = True
     matcher: Matcher | None = None  # if a grammar binds the output
     adapter: LoadedAdapter | None = None  # None: the base model

@@ -62,7 +62,10 @@ class Scheduler:
         self.slots = AdapterSlots(max_loras, self._waiting.adapters)
         self._running = Running()
         self._admitted: list[Request] = []
-        self._work: dict[int, int] = {}  # row -> tokens of the step being planned
+        # Of the step being planned: rows with one token each, those with more left, and what they get
+        self._decodes: NDArray[np.int32] = np.empty(0, np.int32)
+        self._prefills: NDArray[np.int32] = np.empty(0, np.int32)
+        self._chunks: dict[int, int] = {}
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
         self._awaited = AwaitedPages(cache)
         self._flights = Flights()
@@ -124,7 +127,7 @@ class Scheduler:
 
         For masks, or for the results of steps that are on their way.
         """
-        self._work.clear()
+        self._chunks.clear()
         self._admitted.clear()
         self._dropped_rows.clear()
         self._late = [request for request in self._late if request.is_late and request.row is not None]
@@ -132,12 +135,13 @@ class Scheduler:
         if not self._requests:
             return None
         self._plan_decodes()
-        if self._waiting or len(self._work) < len(self._running):
+        if self._waiting or len(self._prefills):
             self._plan_prefills()
-        if not self._work and (self._late or self._flights):
+        has_work = len(self._decodes) > 0 or bool(self._chunks)
+        if not has_work and (self._late or self._flights):
             return None
-        assert self._work, "requests wait and none can run: the pool holds less than one sequence"
-        return Plan.of(self._work, self._rows)
+        assert has_work, "requests wait and none can run: the pool holds less than one sequence"
+        return Plan.of(self._decodes, self._chunks, self._rows)
 
     def take_admitted(self) -> list[Request]:
         """Requests that got a row in the last schedule()."""
@@ -152,12 +156,11 @@ class Scheduler:
         rows = self._rows
         dropped, self._dropped_rows = self._dropped_rows, set()
         kept = plan.without(dropped)
-        after = kept.starts + kept.lens
-        rows.num_computed[kept.rows] = after
+        rows.num_computed[kept.rows] = kept.starts + kept.lens
         sampled = kept.rows[kept.samples]
         rows.num_tokens[sampled] += 1
         rows.num_pending[sampled] += 1
-        self._commit(kept, after)
+        self._cache.commit(self._running.by_row, kept.rows)
         self._flights.launch(plan, dropped)
 
     def dropped(self, plan: Plan) -> set[int]:
@@ -181,7 +184,7 @@ class Scheduler:
         rows.token_ids[sampled, rows.num_tokens[sampled] - rows.num_pending[sampled]] = token_ids
         rows.num_pending[sampled] -= 1
         if was_ahead:  # pages whose last token was not known by then
-            self._commit(plan, plan.starts + plan.lens)
+            self._cache.commit(self._running.by_row, plan.rows)
         outputs, by_row = [], self._running.by_row
         for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
             request = by_row[row]
@@ -240,11 +243,12 @@ class Scheduler:
         rows = self._running.rows
         computed = self._rows.num_computed[rows]
         known = np.minimum(self._rows.num_tokens[rows], self._last_lens[rows] - 1)  # nothing follows the last
-        is_decode = known - computed == 1
+        left = known - computed
         if self._late:
-            is_decode &= ~np.isin(rows, [request.row for request in self._late if request.row is not None])
+            left[np.isin(rows, [request.row for request in self._late if request.row is not None])] = 0
+        is_decode = left == 1
+        self._decodes, self._prefills = rows[is_decode], rows[left > 1]
         at_border = rows[is_decode & (computed % self._cache.page_tokens == 0)]
-        self._work.update(dict.fromkeys(rows[is_decode].tolist(), 1))
         if not len(at_border) or self._cache.extend_each(at_border):
             return
         for request in [self.request(row) for row in at_border.tolist()]:
@@ -252,12 +256,11 @@ class Scheduler:
                 self._preempt(request)
 
     def _plan_prefills(self) -> None:
-        budget = self._ration.next_step(len(self._work))
+        budget = self._ration.next_step(len(self._decodes))
         part = budget.part
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
-        prefills = [
-            r for r in self._running if r.row not in self._work and r not in self._late and self._remaining(r)
-        ]
+        by_row = self._running.by_row
+        prefills = [by_row[row] for row in self._prefills.tolist() if row in by_row]  # the others lost theirs
         self._promised = {
             r.row: self._cache.pages_to_come(r.row, self._max_chunk) for r in prefills if r.row is not None
         }
@@ -286,14 +289,14 @@ class Scheduler:
                 continue
             row = request.row
             assert row is not None
-            planned = self._work.get(row, 0)
+            planned = self._chunks.get(row, 0)
             remaining = self._remaining(request) - planned
             chunk = min(budget.most(remaining, is_long=request.is_long), MAX_CHUNK_TOKENS - planned)
             if chunk < max(1, min(remaining, self._min_chunk)):
                 continue
             if self._extend(request, planned + chunk):
                 self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
-                self._work[row] = planned + chunk
+                self._chunks[row] = planned + chunk
                 budget.take(chunk, is_long=request.is_long)
 
     def _admit(self, request: Request, budget: Budget) -> bool:
@@ -350,7 +353,8 @@ class Scheduler:
         assert request.row is not None
         row = request.row
         request.token_ids = self._rows.known(row).copy()  # the rest will be computed, and chosen, again
-        self._work.pop(row, None)
+        self._chunks.pop(row, None)
+        self._decodes = self._decodes[self._decodes != row]
         self._leave(request)
         self._waiting.add(request)
         self._counts["preemptions"] += 1
@@ -385,11 +389,6 @@ class Scheduler:
 
     def _length(self, request: Request) -> tuple[int, int]:
         return (self._remaining(request), request.arrival_idx)
-
-    def _commit(self, plan: Plan, after: NDArray[np.int32]) -> None:
-        rows = plan.rows[self._cache.needs_commit(plan.starts, after)]
-        if len(rows):
-            self._cache.commit([self.request(row) for row in rows.tolist()], rows)
 
 
 def _rank(request: Request) -> tuple[int, int]:

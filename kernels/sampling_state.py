@@ -8,8 +8,9 @@ The scheduler's thread fills rows at admission; note_tokens keeps the counts as 
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,15 +64,15 @@ class RowSampling:
         """The row's flags, packed."""
         is_greedy = self.temperature == 0
         is_truncated = 0 < self.top_k < vocab_size or self.top_p < 1 or self.min_p > 0
-        claims = {
-            GREEDY: is_greedy,
-            BOUND: bool(self.bias) or self.has_penalties,
-            GRAMMAR: self.has_grammar,
-            LOGPROBS: self.wants_logprobs,
-            TRUNCATED: is_truncated and not is_greedy,
-            PENALTIES: self.has_penalties,
-        }
-        return sum(int(flag.value) for flag, holds in claims.items() if holds)
+        claims = (  # no dict: to hash a constexpr takes longer than all the rest
+            (GREEDY, is_greedy),
+            (BOUND, bool(self.bias) or self.has_penalties),
+            (GRAMMAR, self.has_grammar),
+            (LOGPROBS, self.wants_logprobs),
+            (TRUNCATED, is_truncated and not is_greedy),
+            (PENALTIES, self.has_penalties),
+        )
+        return sum(int(flag.value) for flag, holds in claims if holds)
 
 
 class SamplingState:
@@ -123,51 +124,63 @@ class SamplingState:
 
         Raises ValueError if its entries do not fit.
         """
-        for target, values in self.row_writes(row, sampling, prompt_ids, output_ids):
-            target.copy_(torch.as_tensor(values, dtype=target.dtype).view_as(target))
+        values, writes = self.row_values(row, sampling, prompt_ids, output_ids)
+        rest = iter(values)
+        for array in self.fields:
+            piece = torch.tensor([*islice(rest, array[row].numel())], dtype=array.dtype)
+            array[row] = piece.view_as(array[row])
+        for target, entries in writes:
+            target.copy_(torch.as_tensor(entries, dtype=target.dtype))
 
-    def row_writes(
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """What every row has: floats, doubles, ints, seeds, num_entries."""
+        return (self.floats, self.doubles, self.ints, self.seeds, self.num_entries)
+
+    def row_values(
         self, row: int, sampling: RowSampling, prompt_ids: Ids = NO_IDS, output_ids: Ids = NO_IDS
-    ) -> list[tuple[Tensor, NDArray[Any]]]:
-        """The same as views and what goes there, for who writes many rows at once."""
+    ) -> tuple[list[float], list[tuple[Tensor, NDArray[Any]]]]:
+        """The same for who writes many rows at once: numbers for `fields`, and views with entries."""
         s = sampling
+        ids, writes = self._entries(row, s, prompt_ids, output_ids)
         log_min_p = math.log(s.min_p) if s.min_p > 0 else -math.inf
-        return [
-            (self.floats[row], np.array([s.temperature, s.repetition, s.presence, s.frequency])),
-            (self.doubles[row], np.array([s.top_p, log_min_p])),
-            (self.ints[row], np.array([s.flags(self.vocab_size), s.top_k, s.min_tokens])),
-            (self.seeds[row : row + 1], np.array([s.seed])),
-            *self._entry_writes(row, s, prompt_ids, output_ids),
-        ]
+        values: list[float] = [s.temperature, s.repetition, s.presence, s.frequency, s.top_p, log_min_p]
+        return [*values, s.flags(self.vocab_size), s.top_k, s.min_tokens, s.seed, len(ids)], writes
 
-    def _entry_writes(
+    def _entries(
         self, row: int, sampling: RowSampling, prompt_ids: Ids, output_ids: Ids
-    ) -> Iterator[tuple[Tensor, NDArray[Any]]]:
+    ) -> tuple[Ids, list[tuple[Tensor, NDArray[Any]]]]:
+        if not (sampling.has_penalties or sampling.min_tokens or sampling.bias or self._has_bits[row]):
+            return NO_IDS, []  # most rows
         seen = np.concatenate([prompt_ids, output_ids]) if sampling.has_penalties else NO_IDS
         stops = np.array(sorted(sampling.stop_ids), np.int64) if sampling.min_tokens > 0 else NO_IDS
         biased = np.array(list(sampling.bias), np.int64)
         ids = np.unique(np.concatenate([seen, stops, biased]).astype(np.int64))
         if len(ids) > self.max_entries:
             raise ValueError(f"a row may have {self.max_entries} tokens of its own, got {len(ids)}")
-        yield self.num_entries[row : row + 1], np.array([len(ids)])
+        writes: list[tuple[Tensor, NDArray[Any]]] = []
         may_have_bits = len(ids) > 0 or sampling.has_penalties
         if may_have_bits or self._has_bits[row]:
             bits = np.zeros(self.entry_bits.shape[1] * 32, np.bool_)
             bits[ids] = True
-            yield self.entry_bits[row], np.packbits(bits, bitorder="little").view(np.int32)
+            writes.append((self.entry_bits[row], np.packbits(bits, bitorder="little").view(np.int32)))
         self._has_bits[row] = may_have_bits
         if not len(ids):
-            return
+            return ids, writes
         bias = np.zeros(len(ids), np.float32)
         bias[np.searchsorted(ids, biased)] = list(sampling.bias.values())
         counts = 0 * ids
         if sampling.has_penalties:
             counts = np.bincount(np.searchsorted(ids, output_ids), minlength=len(ids))
-        yield self.entry_ids[row, : len(ids)], ids
-        yield self.entry_bias[row, : len(ids)], bias
-        yield self.entry_counts[row, : len(ids)], counts
         marks = np.isin(ids, seen) * int(SEEN.value) + np.isin(ids, stops) * int(STOP.value)
-        yield self.entry_marks[row, : len(ids)], marks
+        first = slice(0, len(ids))
+        return ids, [
+            *writes,
+            (self.entry_ids[row, first], ids),
+            (self.entry_bias[row, first], bias),
+            (self.entry_counts[row, first], counts),
+            (self.entry_marks[row, first], marks),
+        ]
 
 
 def note_tokens(row_ids: Tensor, sampled: Tensor, state: SamplingState) -> None:

@@ -50,8 +50,13 @@ def compute(rows: Rows, cache: KVCache, request: Request, *chunks: int) -> None:
     for chunk in chunks:
         assert cache.extend(request.row, chunk)
         rows.num_computed[request.row] += chunk
-        cache.commit([request], np.array([request.row], np.int32))
+        commit(cache, request)
         cache.check({request.row: request})
+
+
+def commit(cache: KVCache, *requests: Request) -> None:
+    by_row = {request.row: request for request in requests if request.row is not None}
+    cache.commit(by_row, np.array(list(by_row), np.int32))
 
 
 def held(rows: Rows, row: int, group: int) -> list[int]:
@@ -147,23 +152,36 @@ def test_pages_for_decodes_are_had_together_or_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("windows", [(None,), (5,), (None, 5), (3, None, 9), (4, 4), (1, None), (17, 2)])
-def test_no_commit_that_would_do_something_is_left_out(windows: tuple[int | None, ...]) -> None:
-    rng, skipped = random.Random(1), 0
-    for _ in range(40):
-        rows, cache = cache_of(windows)
-        request = request_of(range(MAX_LEN))
-        row = enter(rows, cache, request)
-        while (before := int(rows.num_computed[row])) < MAX_LEN - 8:
-            chunk = rng.choice((1, 1, 1, 2, 3, 7))
-            assert cache.extend(row, chunk)
-            rows.num_computed[row] += chunk
-            books = (rows.page_tables.copy(), request.num_registered)
-            cache.commit([request], np.array([row], np.int32))
-            is_changed = bool((books[0] != rows.page_tables).any()) or books[1] != request.num_registered
-            needed = cache.needs_commit(np.array([before], np.int32), np.array([before + chunk], np.int32))
-            assert bool(needed[0]) or not is_changed, "a commit was left out"
-            skipped += not needed[0]
-    assert skipped > 100, "decodes between page borders must cost nothing"
+def test_a_commit_names_what_is_known_and_frees_what_nobody_sees(windows: tuple[int | None, ...]) -> None:
+    rng = random.Random(1)
+    rows, cache = cache_of(windows, num_pages=1000)
+    requests = [request_of([index] * MAX_LEN, is_private=index == 2) for index in range(3)]
+    num_named = dict.fromkeys([enter(rows, cache, request) for request in requests], 0)
+    for _ in range(20):
+        some = rng.sample(requests, rng.randint(1, 3))
+        for request in some:
+            assert request.row is not None
+            computed = int(rows.num_computed[request.row])
+            chunk = min(rng.choice((1, 1, 2, 3, 7)), MAX_LEN - computed)
+            assert cache.extend(request.row, chunk)
+            rows.num_computed[request.row] += chunk
+            rows.num_pending[request.row] = rng.choice((0, 0, MAX_LEN - computed))
+        commit(cache, *some)
+        for request in some:
+            row = request.row
+            assert row is not None
+            computed, known = int(rows.num_computed[row]), MAX_LEN - int(rows.num_pending[row])
+            if request is not requests[2]:
+                num_named[row] = max(num_named[row], min(computed, known) // 4)
+            for group, window in enumerate(windows):
+                seen = [
+                    p for p in range(-(-computed // 4)) if window is None or 4 * p + 3 > computed - window
+                ]
+                assert held(rows, row, group) == seen
+                names = [cache.pool.is_named(page) for page in rows.page_tables[group, row, seen].tolist()]
+                assert names == [page_idx < num_named[row] for page_idx in seen]
+        cache.check({request.row: request for request in requests if request.row is not None})
+    assert sum(num_named.values()) > 10, "the walks are too short"
 
 
 def naive_hit(present: set[tuple[int, int]], windows: Sequence[int | None], num_tokens: int, P: int) -> int:
@@ -238,7 +256,7 @@ def test_two_rows_that_compute_the_same_prefix_keep_their_own_pages() -> None:
         assert cache.extend(request.row, 20)
         rows.num_computed[request.row] = 20
     for request in (one, two):
-        cache.commit([request], np.array([request.row], np.int32))
+        commit(cache, request)
     cache.check({one.row: one, two.row: two})
     leave(rows, cache, one)
     leave(rows, cache, two)
@@ -341,7 +359,7 @@ def test_pages_foreseen_at_admission_suffice(windows: tuple[int | None, ...]) ->
             assert before - cache.pool.num_free <= to_come
             lowest = min(lowest, cache.pool.num_free)
             rows.num_computed[row] += chunk
-            cache.commit([request], np.array([row], np.int32))
+            commit(cache, request)
         assert start - lowest <= foreseen - woken
         assert cache.pages_to_come(row, chunk_max) == 0
         if windows == (None,):
@@ -402,7 +420,7 @@ def test_check_finds_corrupt_books(corrupt: Callable[[Rows, KVCache], None], mes
         compute_alone = {r.row: r for r in (one, two) if r.row is not None}
         assert cache.extend(request.row, 18)
         rows.num_computed[request.row] = 18
-        cache.commit([request], np.array([request.row], np.int32))
+        commit(cache, request)
         cache.check(compute_alone)
     corrupt(rows, cache)
     with pytest.raises(AssertionError, match=message):

@@ -168,7 +168,7 @@ def test_a_decoding_sequence_of_8192_tokens_really_holds_a_quarter_less() -> Non
         assert cache.extend(row, chunk)
         highest = pool.num_used
         rows.num_computed[row] += chunk
-        cache.commit([sequence], np.array([row], np.int32))
+        cache.commit({row: sequence}, np.array([row], np.int32))
     assert rows.num_computed[row] == 8192
     assert (rows.page_tables[:, row] != NULL_PAGE).sum(1).tolist() == [256, 512]
     assert 1 - highest / 1024 >= 0.249

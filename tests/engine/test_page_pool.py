@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cabochon.engine.page_pool import NIL, PagePool
+from cabochon.engine.page_pool import PagePool
 
 
 def names(*texts: str) -> list[bytes]:
@@ -105,38 +105,33 @@ def test_misuse_is_caught(misuse: Callable[[PagePool], object], message: str) ->
         misuse(PagePool(2))
 
 
-def corrupt_link(pool: PagePool) -> None:
-    pool._previous[NIL] = 2
-
-
 def corrupt_references(pool: PagePool) -> None:
-    pool._references[pool._next[NIL]] += 1
+    pool._references[pool._blank[-1]] += 1
 
 
 def corrupt_negative(pool: PagePool) -> None:
-    pool._references[pool._next[NIL]] = -1
+    pool._references[pool._blank[-1]] = -1
 
 
-def corrupt_free(pool: PagePool) -> None:
-    pool.num_free += 1
+def corrupt_blank(pool: PagePool) -> None:
+    pool._blank.append(pool._cached.popitem()[0])
 
 
 def corrupt_cached(pool: PagePool) -> None:
-    pool.num_cached -= 1
+    pool._cached[pool._blank.pop()] = None
 
 
 def corrupt_names(pool: PagePool) -> None:
-    pool._page_of[0, b"ghost"] = 1
+    pool._page_of[0][b"ghost"] = 1
 
 
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (corrupt_link, "broken list"),
-        (corrupt_references, "free \\+ used is not all"),
+        (corrupt_references, r"used \+ blank \+ cached is not all"),
         (corrupt_negative, "negative references"),
-        (corrupt_free, "free pages are not the list"),
-        (corrupt_cached, "wrong num_cached"),
+        (corrupt_blank, "a blank page has a name"),
+        (corrupt_cached, "a cached page has no name"),
         (corrupt_names, "names and pages disagree"),
     ],
 )

@@ -173,7 +173,9 @@ class Machine(RuleBasedStateMachine):
             self.seen["pages told"] += sum(one.prefix is not None for one in told.values())
             self.seen["pages of adapters told"] += sum(one.lora_name is not None for one in told.values())
         else:
-            assert set(self.replay.pages) <= {public_hash(name) for _, name in self.world.pool._page_of}
+            assert set(self.replay.pages) <= {
+                public_hash(name) for names in self.world.pool._page_of.values() for name in names
+            }
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
