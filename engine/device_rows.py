@@ -45,8 +45,10 @@ class DeviceRows:
         self._arena, arrays = Arena.holding(make, device)
         self.token_ids, self.num_tokens, self.num_prompt, self.page_tables, self.sampling = arrays
         self._first_token = first_word(self.token_ids)
+        num_groups, *table = rows.page_tables.shape
+        self._first_of_group = np.arange(num_groups, dtype=np.int32)[:, None] * np.int32(np.prod(table))
         self._fields = RowFields([self.num_tokens, self.num_prompt, *self.sampling.fields])
-        self._num_sent = np.zeros(max_seqs, np.int64)  # pages of each row that the device has
+        self._num_sent = np.zeros(max_seqs, np.int32)  # pages of each row that the device has
 
     def stage_row(self, row: int, ids: NDArray[np.int32], num_prompt: int, sampling: RowSampling) -> None:
         """A request with these known tokens has got this row. At most once per step and row."""
@@ -59,20 +61,19 @@ class DeviceRows:
 
     def stage_pages(self, plan: Plan, rows: Rows) -> None:
         """The pages that this plan is the first to need."""
-        needed = -(-(plan.starts + plan.lens) // self.page_tokens)  # [S]
+        needed = (plan.starts + plan.lens + (self.page_tokens - 1)) // self.page_tokens  # [S]
         lacks = needed > self._num_sent[plan.rows]
         if not lacks.any():
             return
         changed, needed = plan.rows[lacks], needed[lacks]  # most rows need no page in a step
         sent, self._num_sent[changed] = self._num_sent[changed], needed
-        counts = needed - sent
-        row_of = np.repeat(changed, counts).astype(np.int64)  # [total]
-        firsts = np.cumsum(counts) - counts
-        page_idx = np.arange(len(row_of)) - np.repeat(firsts - sent, counts)
-        num_groups, max_seqs, width = rows.page_tables.shape
-        flat = (np.arange(num_groups)[:, None] * max_seqs + row_of) * width + page_idx  # [num_groups, total]
-        pages = rows.page_tables[:, row_of, page_idx]
-        self._arena.write_elements(self.page_tables, flat.reshape(-1), pages.reshape(-1))
+        counts, places = needed - sent, changed * rows.page_tables.shape[2] + sent  # first of each in its table
+        if (counts > 1).any():
+            before = np.cumsum(counts, dtype=np.int32) - counts
+            places = np.repeat(places - before, counts)  # [total]
+            places += np.arange(len(places), dtype=np.int32)
+        flat = self._first_of_group + places  # [num_groups, total]
+        self._arena.write_elements(self.page_tables, flat, rows.page_tables.take(flat))
 
     def stage_mask(self, row: int, allowed: NDArray[np.bool_]) -> None:
         """allowed: [V], the tokens that the row's grammar allows next."""

@@ -234,7 +234,7 @@ class DeviceRunner(StepRunner):
     def _forward(self, plan: Plan, rows: Rows, packet: Packet) -> Callable[[], Tensor]:
         """To the hidden rows [T', E] of all tokens, before the final norm."""
         inputs = self._attention.prepare(plan, rows, packet.put)
-        row_of_token = packet.put(np.repeat(plan.rows, plan.lens).astype(np.int64))
+        row_of_token = packet.put(np.repeat(plan.rows.astype(np.int64), plan.lens))
         padding = -plan.num_tokens % ROW_MULTIPLE
         deltas = None
         if self._adapters is not None:

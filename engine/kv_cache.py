@@ -125,7 +125,8 @@ class KVCache:
         ends = self._end_page[rows]
         # Not those of a step that did not count: it took them already
         lacking = ends * self.page_tokens <= self._rows.num_computed[rows]
-        rows, ends = rows[lacking], ends[lacking]
+        if not lacking.all():
+            rows, ends = rows[lacking], ends[lacking]
         shape = (len(rows), len(self._windows))
         if shape[0] * shape[1] > self.pool.num_free:
             return False

@@ -37,10 +37,10 @@ class Plan:
     @classmethod
     def of(cls, decodes: NDArray[np.int32], chunks: Mapping[int, int], rows: Rows) -> Self:
         """decodes: rows with one token each. chunks: tokens to compute of other rows."""
-        num_decodes, total = len(decodes), len(decodes) + len(chunks)
-        row_ids, lens = np.empty(total, np.int32), np.ones(total, np.int32)
-        row_ids[:num_decodes], row_ids[num_decodes:] = decodes, list(chunks)
-        lens[num_decodes:] = list(chunks.values())
+        row_ids, lens = decodes, np.ones(len(decodes) + len(chunks), np.int32)
+        if chunks:
+            row_ids = np.concatenate([decodes, np.array(list(chunks), np.int32)])
+            lens[len(decodes) :] = list(chunks.values())
         starts = rows.num_computed[row_ids]
         samples = starts + lens == rows.num_tokens[row_ids]
         is_decode = samples & (lens == 1)

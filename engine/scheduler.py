@@ -97,6 +97,7 @@ class Scheduler:
         request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher, adapter)
         self._num_arrivals += 1
         self._requests[message.request_id] = request
+        self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)  # no step waits for it
         self._waiting.add(request)
         self._ration.hear(len(message.prompt_ids))
         return request
