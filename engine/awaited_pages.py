@@ -1,5 +1,7 @@
 """Pages that a running request is about to fill: who has the same prefix waits for them and shares."""
 
+from itertools import repeat
+
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.request import Request
 
@@ -21,7 +23,7 @@ class AwaitedPages:
     def expect(self, request: Request, hit_pages: int) -> None:
         """The request will fill the pages behind its hit; if it is published, it offers them."""
         if request.is_published:
-            self._by_name.update(dict.fromkeys(self._names(request)[hit_pages:], request))
+            self._by_name.update(zip(self._names(request)[hit_pages:], repeat(request)))
 
     def forget(self, request: Request) -> None:
         """Nothing comes from it any more."""

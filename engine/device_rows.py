@@ -67,7 +67,10 @@ class DeviceRows:
             return
         changed, needed = plan.rows[lacks], needed[lacks]  # most rows need no page in a step
         sent, self._num_sent[changed] = self._num_sent[changed], needed
-        counts, places = needed - sent, changed * rows.page_tables.shape[2] + sent  # first of each in its table
+        counts, places = (
+            needed - sent,
+            changed * rows.page_tables.shape[2] + sent,
+        )  # first of each in its table
         if (counts > 1).any():
             before = np.cumsum(counts, dtype=np.int32) - counts
             places = np.repeat(places - before, counts)  # [total]

@@ -252,7 +252,8 @@ class DeviceRunner(StepRunner):
         """From hidden rows to what the step gives. row_ids: [R], −1 where a grammar gives no token."""
         plan = step.plan
         last = packet.put((np.cumsum(plan.lens, dtype=np.int64) - 1)[plan.samples])
-        ids_on_device, ranked = packet.put(row_ids), packet.put(np.array(step.ranked, np.int64))
+        ids_on_device = packet.put(row_ids)
+        ranked = packet.put(np.array(step.ranked, np.int64)) if step.ranked else None
         count = max((self._params(int(step.sampling[i])).logprobs or 0 for i in step.ranked), default=0)
         prompts = [packet.put(part.next_ids) for part in step.parts]
         prompt_counts = {part.row: self._params(part.row).prompt_logprobs or 0 for part in step.parts}
@@ -265,7 +266,7 @@ class DeviceRunner(StepRunner):
                 return
             picked = last_rows(hidden, last, ROW_MULTIPLE)
             tokens = self._sampler.choose(picked, ids_on_device)
-            if step.ranked:
+            if ranked is not None:
                 step.rankings = self._rank(picked, ranked, tokens[ranked], count)
             step.tokens = self._stream.to_host(tokens)
 

@@ -1,6 +1,6 @@
 """The requests that have a row, by rank: who is served first and preempted last."""
 
-from bisect import insort
+from bisect import bisect_left
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +15,7 @@ class Running:
     def __init__(self) -> None:
         self._requests: list[Request] = []
         self._by_row: dict[int, Request] = {}
-        self._rows: NDArray[np.int32] | None = None  # as long as nobody comes or goes
+        self._rows: NDArray[np.int32] = np.empty(0, np.int32)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -36,26 +36,31 @@ class Running:
     @property
     def rows(self) -> NDArray[np.int32]:
         """The rows in order of rank, [len] int32. Not to be changed."""
-        if self._rows is None:
-            self._rows = np.array([request.row for request in self._requests], np.int32)
         return self._rows
 
     def add(self, request: Request) -> None:
         """It has its row."""
         assert request.row is not None
-        insort(self._requests, request, key=lambda one: one.rank)
+        index = bisect_left(self._requests, request.rank, key=_rank)
+        self._requests.insert(index, request)
         self._by_row[request.row] = request
-        self._rows = None
+        row = np.array([request.row], np.int32)
+        self._rows = np.concatenate([self._rows[:index], row, self._rows[index:]])
 
     def remove(self, request: Request) -> None:
         """It has its row still."""
         assert request.row is not None
-        self._requests.remove(request)
-        del self._by_row[request.row]
-        self._rows = None
+        index = bisect_left(self._requests, request.rank, key=_rank)
+        assert self._requests[index] is request, "it has no row"
+        del self._requests[index], self._by_row[request.row]
+        self._rows = np.concatenate([self._rows[:index], self._rows[index + 1 :]])
 
     def check(self) -> None:
         """Prove that the books agree."""
         assert {request.row: request for request in self._requests} == self._by_row
-        assert sorted(self._requests, key=lambda one: one.rank) == self._requests
+        assert sorted(self._requests, key=_rank) == self._requests
         assert self.rows.tolist() == [request.row for request in self._requests]
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

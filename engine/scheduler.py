@@ -97,7 +97,9 @@ class Scheduler:
         request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher, adapter)
         self._num_arrivals += 1
         self._requests[message.request_id] = request
-        self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)  # no step waits for it
+        self._cache.page_names(
+            request, len(request.token_ids) // self._cache.page_tokens
+        )  # no step waits for it
         self._waiting.add(request)
         self._ration.hear(len(message.prompt_ids))
         return request
@@ -293,12 +295,10 @@ class Scheduler:
             planned = self._chunks.get(row, 0)
             remaining = self._remaining(request) - planned
             chunk = min(budget.most(remaining, is_long=request.is_long), MAX_CHUNK_TOKENS - planned)
-            if chunk < max(1, min(remaining, self._min_chunk)):
-                continue
-            if self._extend(request, planned + chunk):
-                self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
+            if chunk >= max(1, min(remaining, self._min_chunk)) and self._extend(request, planned + chunk):
                 self._chunks[row] = planned + chunk
                 budget.take(chunk, is_long=request.is_long)
+            self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
 
     def _admit(self, request: Request, budget: Budget) -> bool:
         """Give a waiting request a row and its prefix hit, if it has work in it now and will find pages."""
@@ -336,7 +336,6 @@ class Scheduler:
             self._ration.hear(num_prompt - request.cached_tokens)
             self._counts["prefix_queries"] += num_prompt
             self._counts["prefix_hits"] += request.cached_tokens
-        self._promised[row] = self._cache.pages_to_come(row, self._max_chunk)
         self._running.add(request)
         self._admitted.append(request)
 
