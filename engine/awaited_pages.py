@@ -1,46 +1,48 @@
-"""Pages that a running request is about to fill: who has the same prefix waits for them and shares."""
+"""Pages that a running request is about to fill: who has the same prefix waits for them and shares.
 
-from itertools import repeat
+Of a prefix that two have, the second lacks first what the other computes next. So one page of each is enough.
+"""
+
+from collections.abc import Iterable
 
 from cabochon.engine.kv_cache import KVCache
 from cabochon.engine.request import Request
 
 
 class AwaitedPages:
-    """By name, chain hashes as in KVCache.page_names."""
+    """Of the step that is being planned."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._by_name: dict[bytes, Request] = {}
+        self._next: dict[bytes, Request] = {}  # who computes the page of that name, a chain hash
+
+    def begin(self, prefills: Iterable[Request]) -> None:
+        """They compute something, or will."""
+        self._next.clear()
+        for request in prefills:
+            self.expect(request)
+
+    def expect(self, request: Request) -> None:
+        """It has got its row, and offers what it computes unless it is private."""
+        assert request.row is not None
+        index = self._cache.num_named(request.row) + 1  # behind the root
+        if index >= len(request.page_hashes):
+            return
+        name = request.page_hashes[index]
+        other = self._coming(name)
+        if other is None or request.rank < other.rank:
+            self._next[name] = request
 
     def hit(self, request: Request) -> int | None:
         """Pages of its prefix that it can share now; None if it should wait for more."""
         if request.message.params.prompt_logprobs is not None:
             return 0  # they need the prompt's hidden rows, which no cache holds
-        hit, names = self._cache.lookup(request), self._names(request)
-        return None if hit < len(names) and self._is_coming(names[hit], hit, request) else hit
+        hit = self._cache.lookup(request)
+        names = self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
+        other = self._coming(names[hit]) if hit < len(names) else None
+        # Worse-ranked ones may have to wait themselves
+        return hit if other is None or other.rank > request.rank else None
 
-    def expect(self, request: Request, hit_pages: int) -> None:
-        """The request will fill the pages behind its hit; if it is published, it offers them."""
-        if request.is_published:
-            self._by_name.update(zip(self._names(request)[hit_pages:], repeat(request)))
-
-    def forget(self, request: Request) -> None:
-        """Nothing comes from it any more."""
-        for name in request.page_hashes[1:]:  # the first is the root
-            if self._by_name.get(name) is request:
-                del self._by_name[name]
-
-    def check(self) -> None:
-        """Prove that nobody waits in vain."""
-        assert all(r.row is not None for r in self._by_name.values()), "pages are awaited from nobody"
-
-    def _names(self, request: Request) -> list[bytes]:
-        return self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
-
-    def _is_coming(self, name: bytes, page_idx: int, request: Request) -> bool:
-        """Whether a better-ranked request fills that page soon. Worse-ranked ones may have to wait."""
-        other = self._by_name.get(name)
-        if other is None or other.row is None or other.rank > request.rank:
-            return False
-        return self._cache.num_named(other.row) <= page_idx
+    def _coming(self, name: bytes) -> Request | None:
+        other = self._next.get(name)
+        return None if other is None or other.row is None else other  # it was preempted since

@@ -88,11 +88,11 @@ class PagePool:
 
         If another page has a name already, nothing changes for that one.
         """
-        assert all(self._references[page] > 0 for page in pages if page != NIL), "only pages in use are named"
         content_of, page_of = self._content, self._page_of.setdefault(group, {})
         for page, content in zip(pages, contents, strict=True):
             if page == NIL or content_of[page] is not None:
                 continue
+            assert self._references[page] > 0, "only pages in use are named"
             if page_of.setdefault(content, page) == page:
                 content_of[page], self._group[page] = content, group
 

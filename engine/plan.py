@@ -45,10 +45,13 @@ class Plan:
         samples = starts + lens == rows.num_tokens[row_ids]
         is_decode = samples & (lens == 1)
         slots = rows.adapter_slots[row_ids]
-        if chunks or (slots != slots[0]).any() or not is_decode.all():
+        num_decodes = int(np.count_nonzero(is_decode))
+        if (
+            not is_decode[:num_decodes].all() or (slots != slots[0]).any()
+        ):  # seldom, and sorting takes a while
             order = np.lexsort((slots, ~is_decode))  # stable
             row_ids, starts, lens, samples = row_ids[order], starts[order], lens[order], samples[order]
-        return cls(row_ids, starts, lens, samples, int(is_decode.sum()))
+        return cls(row_ids, starts, lens, samples, num_decodes)
 
     def without(self, row_ids: Collection[int]) -> Self:
         """The sequences of other rows."""

@@ -8,7 +8,7 @@ computed again later, mostly from its own cached pages. Knows nothing of tensors
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import merge
 from itertools import takewhile
 
@@ -235,7 +235,6 @@ class Scheduler:
         assert all(r.row is None for r in self._waiting)
         self._running.check()
         assert sorted(self._waiting, key=_rank) == list(self._waiting)
-        self._awaited.check()
         self.slots.check(self._rows.adapter_slots[self._running.rows].tolist())
         self._waiting.check()
         assert self._rows.num_free + len(self._running) == self._rows.max_seqs, "a row is lost"
@@ -264,21 +263,28 @@ class Scheduler:
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
         by_row = self._running.by_row
         prefills = [by_row[row] for row in self._prefills.tolist() if row in by_row]  # the others lost theirs
+        self._awaited.begin(prefills)
         self._promised = {
             r.row: self._cache.pages_to_come(r.row, self._max_chunk) for r in prefills if r.row is not None
         }
         may_enter = self._waiting.priorities if self._may_admit() else []
         for priority in sorted({*may_enter, *(r.message.priority for r in prefills)}):
             running = [r for r in prefills if r.message.priority == priority]
-            waiting = takewhile(self._may_admit, self._waiting.by_arrival(priority))
             budget.renew(part)
             half = budget.half()
-            self._share(merge(running, waiting, key=_rank), half)
+            self._share(self._in_order(running, self._waiting.by_arrival(priority), _rank), half)
             budget.take(half.taken, is_long=half.has_long)
             running += [r for r in self._admitted if r.message.priority == priority]
             by_length = sorted((r for r in running if r.row is not None), key=self._length)
-            waiting = takewhile(self._may_admit, self._waiting.by_length(priority))
-            self._share(merge(by_length, waiting, key=self._length), budget)
+            waiting = self._waiting.by_length(priority)
+            self._share(self._in_order(by_length, waiting, self._length), budget)
+
+    def _in_order(
+        self, running: list[Request], waiting: list[Request], key: Callable[[Request], tuple[int, int]]
+    ) -> Iterable[Request]:
+        """Both, each sorted by `key`; those that wait as long as somebody may be admitted."""
+        entering = takewhile(self._may_admit, waiting)
+        return merge(running, entering, key=key) if running and waiting else running or entering
 
     def _may_admit(self, _: Request | None = None) -> bool:
         return self._can_admit and self._rows.num_free > 0
@@ -319,7 +325,7 @@ class Scheduler:
             self._can_admit = False  # nobody overtakes it, or many small ones could keep it out for ever
             return False
         self._enter(request, hit)
-        self._awaited.expect(request, hit)
+        self._awaited.expect(request)
         return True
 
     def _enter(self, request: Request, hit_pages: int) -> None:
@@ -377,7 +383,6 @@ class Scheduler:
         self.slots.release(int(self._rows.adapter_slots[request.row]))
         self._rows.give_back(request.row)
         self._promised.pop(request.row, None)
-        self._awaited.forget(request)
         self._running.remove(request)
         request.row = None
 
