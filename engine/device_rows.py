@@ -63,15 +63,13 @@ class DeviceRows:
         """The pages that this plan is the first to need."""
         needed = (plan.starts + plan.lens + (self.page_tokens - 1)) // self.page_tokens  # [S]
         lacks = needed > self._num_sent[plan.rows]
-        if not lacks.any():
+        if not np.count_nonzero(lacks):  # a third of what .any() takes
             return
         changed, needed = plan.rows[lacks], needed[lacks]  # most rows need no page in a step
         sent, self._num_sent[changed] = self._num_sent[changed], needed
-        counts, places = (
-            needed - sent,
-            changed * rows.page_tables.shape[2] + sent,
-        )  # first of each in its table
-        if (counts > 1).any():
+        counts = needed - sent
+        places = changed * rows.page_tables.shape[2] + sent  # of the first of each
+        if np.count_nonzero(counts > 1):
             before = np.cumsum(counts, dtype=np.int32) - counts
             places = np.repeat(places - before, counts)  # [total]
             places += np.arange(len(places), dtype=np.int32)

@@ -116,21 +116,19 @@ class DeviceRunner(StepRunner):
     @torch.inference_mode()
     def launch(self, plan: Plan, rows: Rows) -> Callable[[], StepResult]:
         self._rows.stage_pages(plan, rows)
-        sampling = plan.rows[plan.samples]
-        wants = self._wants[sampling]
-        step = _Step(
-            plan,
-            sampling,
-            self._prompt_parts(plan, rows),
-            {row: self._requests[row] for row in sampling[wants != 0].tolist()},
-            ranked=np.flatnonzero(wants & LOGPROBS).tolist(),
-        )
-        if (wants & MASKS).any():
-            return self._result_of(step, self._launch_masked(step, rows))
+        sampling, wants = plan.rows[plan.samples], self._wants[plan.rows]
+        step = _Step(plan, sampling, [], {})
+        if np.count_nonzero(wants):
+            step.parts = prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
+            wants = wants[plan.samples]
+            step.wanting = {row: self._requests[row] for row in sampling[wants != 0].tolist()}
+            step.ranked = np.flatnonzero(wants & LOGPROBS).tolist()
+            if np.count_nonzero(wants & MASKS):
+                return self._result_of(step, self._launch_masked(step, rows))
         is_plain = plan.num_decodes == len(plan.rows) and not step.ranked and not step.parts
         if is_plain and self.graphs is not None:
             slots = rows.adapter_slots[plan.rows]
-            has_adapters = bool((slots != NO_ADAPTER).any())
+            has_adapters = bool(np.count_nonzero(slots != NO_ADAPTER))
             graph = self.graphs.find(len(plan.rows), has_adapters=has_adapters)
             if graph is not None:
                 return self._result_of(step, self._replay(step, graph, slots))
@@ -155,11 +153,6 @@ class DeviceRunner(StepRunner):
         logits = self._stream.run(work)()
         cap = self._model.config.final_softcap
         return logits if cap is None else softcap_(logits, cap)
-
-    def _prompt_parts(self, plan: Plan, rows: Rows) -> list[PromptPart]:
-        if not (self._wants[plan.rows] & PROMPT_LOGPROBS).any():
-            return []
-        return prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
 
     def _params(self, row: int) -> SamplingParams:
         return self._requests[row].message.params

@@ -125,7 +125,7 @@ class KVCache:
         ends = self._end_page[rows]
         # Not those of a step that did not count: it took them already
         lacking = ends * self.page_tokens <= self._rows.num_computed[rows]
-        if not lacking.all():
+        if np.count_nonzero(lacking) < len(rows):
             rows, ends = rows[lacking], ends[lacking]
         shape = (len(rows), len(self._windows))
         if shape[0] * shape[1] > self.pool.num_free:
@@ -144,14 +144,14 @@ class KVCache:
         known = self._rows.num_tokens[rows] - self._rows.num_pending[rows]
         full = np.minimum(computed, known) // P
         is_behind = full > self._num_named[rows]
-        if is_behind.any():
+        if np.count_nonzero(is_behind):
             for row, num_pages in zip(rows[is_behind].tolist(), full[is_behind].tolist(), strict=True):
                 self._register(by_row[row], row, num_pages)
         for idx, (window, groups) in enumerate(self._sliding):
             # Page p goes when its last position (p + 1) P − 1 is at most q − W, q = computed the next query
             firsts, ends = self._first_page[idx, rows], (computed - window + 1) // P
             has_left = ends > firsts
-            if not has_left.any():
+            if not np.count_nonzero(has_left):
                 continue
             left = (rows[has_left].tolist(), firsts[has_left].tolist(), ends[has_left].tolist())
             for row, first, end in zip(*left, strict=True):
