@@ -5,7 +5,7 @@
 Time of the thread's CPU, and of the wall, per step of the real scheduler, pages, rows and device runner over
 Gemma 2's two layer groups; the stream drops the work and every token is made up. --churn N: every N steps a
 request ends by its EOS and another, with a prompt of its own length, takes its place; else
-nobody comes or goes.
+nobody comes or goes. What a request costs when it arrives, before it is scheduled, is `arrival`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import emit, environment
+from numpy.typing import NDArray
 
 from cabochon.engine.adapters.registry import Adapters
 from cabochon.engine.core import EngineCore
@@ -107,9 +108,10 @@ class NoAttention:
 
 
 def measure(num_running: int, steps: int, churn: int = 0) -> dict[str, object]:
-    """Milliseconds until a step is launched, and for the results of one."""
+    """Milliseconds until a step is launched, for the results of one, and for a request that arrives."""
     core, num_requests = core_of(num_running, churn), num_running
     settle_collector()
+    arrivals_ns: list[NDArray[np.int64]] = []
     times_ns = np.empty((steps, 2, 2))  # of the CPU and of the wall, each before and after the launch
     for step in range(steps):
         marks = [_now_ns()]
@@ -124,14 +126,20 @@ def measure(num_running: int, steps: int, churn: int = 0) -> dict[str, object]:
         marks.append(_now_ns())
         times_ns[step] = np.diff(np.array(marks), axis=0).T
         for _ in range(sum(output.finish_reason is not None for output in outputs)):
-            core.add(request_of(num_requests))
+            request = request_of(num_requests)
+            before_ns = _now_ns()
+            core.add(request)
+            arrivals_ns.append(np.subtract(_now_ns(), before_ns))
             num_requests += 1
     assert num_requests - num_running >= (steps // churn - 2 if churn else 0)
     row: dict[str, object] = {"running": num_running, "steps": steps, "churn": churn}
-    for clock, of in zip(("", "wall_"), times_ns.transpose(1, 2, 0), strict=True):
-        for part, ns in zip(("prepare", "results"), of, strict=True):
+    parts = {"prepare": times_ns[:, :, 0], "results": times_ns[:, :, 1]}
+    if arrivals_ns:
+        parts["arrival"] = np.array(arrivals_ns)
+    for part, ns in parts.items():  # [n, 2]
+        for clock, of_clock in zip(("", "wall_"), ns.T, strict=True):
             for percent in (50, 99):
-                row[f"{part}_{clock}p{percent}_ms"] = round(float(np.percentile(ns, percent)) / 1e6, 3)
+                row[f"{part}_{clock}p{percent}_ms"] = round(float(np.percentile(of_clock, percent)) / 1e6, 3)
     return {"benchmark": "step_overhead", **row}
 
 
