@@ -68,9 +68,9 @@ class Arena:
         self._places.append(fields.places(row))
         self._words.append(fields.words(values))
 
-    def write_elements(self, target: Tensor, flat: NDArray[np.int32], values: NDArray[np.int32]) -> None:
+    def write_elements(self, target: Tensor, flat: NDArray[np.int64], values: NDArray[np.int32]) -> None:
         """Some elements of an int32 array, by their places in it as if it were flat."""
-        self._places.append((flat + first_word(target)).reshape(-1))
+        self._places.append((flat + first_word(target)).astype(np.int32).reshape(-1))
         self._words.append(values.reshape(-1))
 
     def take(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

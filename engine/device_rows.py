@@ -46,7 +46,7 @@ class DeviceRows:
         self.token_ids, self.num_tokens, self.num_prompt, self.page_tables, self.sampling = arrays
         self._first_token = first_word(self.token_ids)
         num_groups, *table = rows.page_tables.shape
-        self._first_of_group = np.arange(num_groups, dtype=np.int32)[:, None] * np.int32(np.prod(table))
+        self._first_of_group = np.arange(num_groups)[:, None] * np.prod(table)
         self._fields = RowFields([self.num_tokens, self.num_prompt, *self.sampling.fields])
         self._num_sent = np.zeros(max_seqs, np.int32)  # pages of each row that the device has
 
@@ -70,9 +70,8 @@ class DeviceRows:
         counts = needed - sent
         places = changed * rows.page_tables.shape[2] + sent  # of the first of each
         if np.count_nonzero(counts > 1):
-            before = np.cumsum(counts, dtype=np.int32) - counts
-            places = np.repeat(places - before, counts)  # [total]
-            places += np.arange(len(places), dtype=np.int32)
+            places = np.repeat(places - (counts.cumsum() - counts), counts)  # [total]
+            places += np.arange(len(places))
         flat = self._first_of_group + places  # [num_groups, total]
         self._arena.write_elements(self.page_tables, flat, rows.page_tables.take(flat))
 

@@ -43,7 +43,7 @@ class _Step:
     """What becomes of a plan: some of it known at launch, the rest put here by the step's work."""
 
     plan: Plan
-    sampling: NDArray[np.int32]  # [R], rows that sample
+    sampling: NDArray[np.intp]  # [R], rows that sample
     parts: list[PromptPart]
     wanting: dict[int, Request]  # by row, those that want more than a token: rows change hands
     late: list[int] = field(default_factory=list)
@@ -138,7 +138,7 @@ class DeviceRunner(StepRunner):
     def last_logits(self, row: int, rows: Rows) -> Tensor:
         length = rows.num_tokens[row : row + 1]
         self._rows.stage_row(row, rows.known(row), int(length[0]), RowSampling())
-        one = np.array([row], np.int32)
+        one = np.array([row])
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
         self._rows.stage_pages(plan, rows)
         packet = self._packets.open()
@@ -162,7 +162,7 @@ class DeviceRunner(StepRunner):
     def _launch_eager(self, step: _Step, rows: Rows) -> Callable[[], None]:
         packet = self._packets.open()
         forward = self._forward(step.plan, rows, packet)
-        choose = self._chooser(step, step.sampling, packet)
+        choose = self._chooser(step, step.sampling.astype(np.int32), packet)
         send = self._sender(packet)
 
         def work() -> None:
@@ -227,7 +227,7 @@ class DeviceRunner(StepRunner):
     def _forward(self, plan: Plan, rows: Rows, packet: Packet) -> Callable[[], Tensor]:
         """To the hidden rows [T', E] of all tokens, before the final norm."""
         inputs = self._attention.prepare(plan, rows, packet.put)
-        row_of_token = packet.put(np.repeat(plan.rows.astype(np.int64), plan.lens))
+        row_of_token = packet.put(np.repeat(plan.rows, plan.lens))
         padding = -plan.num_tokens % ROW_MULTIPLE
         deltas = None
         if self._adapters is not None:
@@ -277,7 +277,7 @@ class DeviceRunner(StepRunner):
 
     def _stage_masks(self, step: _Step, rows: Rows) -> NDArray[np.int32]:
         """Returns `sampling` with −1 for rows whose grammar gives no token now."""
-        row_ids, until_s = step.sampling.copy(), grace_end_s()
+        row_ids, until_s = step.sampling.astype(np.int32), grace_end_s()
         for index, row in enumerate(step.sampling.tolist()):
             request = self._requests[row]
             if request.matcher is None:

@@ -105,7 +105,7 @@ class FlashAttention(Attention[FlashInputs]):
         return Prefills(tables, windows, cu_q, cu_k, int(lens.max()), longest)
 
     def _part(
-        self, rows: Rows, row_ids: NDArray[np.int32], longest: int, move: Move
+        self, rows: Rows, row_ids: NDArray[np.intp], longest: int, move: Move
     ) -> tuple[list[Tensor], list[Window]]:
         """Tables and windows of sequences of up to `longest` keys."""
         width = -(-longest // rows.page_tokens)  # splits of decodes are shares of the table's width

@@ -120,7 +120,7 @@ class KVCache:
         self._end_page[row] = end
         return True
 
-    def extend_each(self, rows: NDArray[np.int32]) -> bool:
+    def extend_each(self, rows: NDArray[np.intp]) -> bool:
         """Pages for the next token of each of these rows; nothing taken and False if there are too few."""
         ends = self._end_page[rows]
         # Not those of a step that did not count: it took them already
@@ -135,7 +135,7 @@ class KVCache:
         self._end_page[rows] = ends + 1
         return True
 
-    def commit(self, by_row: Mapping[int, Request], rows: NDArray[np.int32]) -> None:
+    def commit(self, by_row: Mapping[int, Request], rows: NDArray[np.intp]) -> None:
         """Name the pages that are full of known tokens, give back those that no later query sees.
 
         Of rows [n]. Once the step is on its way: what else gets these pages runs after it.

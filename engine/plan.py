@@ -17,14 +17,14 @@ class Plan:
 
     Sequence i computes positions starts[i] .. starts[i] + lens[i] (half-open).
 
-    rows:        [S] int32, indices into Rows
+    rows:        [S] intp, indices into Rows; of another type they would be converted at each use
     starts:      [S] int32, num_computed when the step begins
     lens:        [S] int32, tokens to compute, ≥ 1
     samples:     [S] bool, this chunk reaches the last known token, so the next one is sampled
     num_decodes: the first that many sequences have one token to compute, their last known one
     """
 
-    rows: NDArray[np.int32]
+    rows: NDArray[np.intp]
     starts: NDArray[np.int32]
     lens: NDArray[np.int32]
     samples: NDArray[np.bool_]
@@ -35,11 +35,11 @@ class Plan:
         return int(self.lens.sum())
 
     @classmethod
-    def of(cls, decodes: NDArray[np.int32], chunks: Mapping[int, int], rows: Rows) -> Self:
+    def of(cls, decodes: NDArray[np.intp], chunks: Mapping[int, int], rows: Rows) -> Self:
         """decodes: rows with one token each. chunks: tokens to compute of other rows."""
         row_ids, lens = decodes, np.ones(len(decodes) + len(chunks), np.int32)
         if chunks:
-            row_ids = np.concatenate([decodes, np.array(list(chunks), np.int32)])
+            row_ids = np.concatenate([decodes, np.array(list(chunks), np.intp)])
             lens[len(decodes) :] = list(chunks.values())
         starts = rows.num_computed[row_ids]
         samples = starts + lens == rows.num_tokens[row_ids]

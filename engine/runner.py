@@ -114,7 +114,7 @@ class Runner(StepRunner):
     @torch.inference_mode()
     def last_logits(self, row: int, rows: Rows) -> Tensor:
         length = rows.num_tokens[row : row + 1]
-        one = np.array([row], np.int32)
+        one = np.array([row])
         plan = Plan(one, np.zeros(1, np.int32), length, np.ones(1, np.bool_), num_decodes=0)
         logits = self.logits(self.sampling_hidden(plan, rows))[0].float()
         cap = self._model.config.final_softcap
@@ -158,7 +158,7 @@ class Runner(StepRunner):
         cap = self._model.config.final_softcap
         return token_logprobs(logits.float(), token_ids, count, cap, exact).rows()
 
-    def _sample(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
+    def _sample(self, hidden: Tensor, sampling: NDArray[np.intp], rows: Rows) -> StepResult:
         draws = self.sampler.draws(sampling, rows)
         told = None if draws is None else self._model.next_tokens(hidden, draws)
         if told is None:
@@ -172,7 +172,7 @@ class Runner(StepRunner):
         token_ids[left], is_finite[left] = found.token_ids, found.is_finite
         return replace(found, token_ids=token_ids, is_finite=is_finite)
 
-    def _sample_logits(self, hidden: Tensor, sampling: NDArray[np.int32], rows: Rows) -> StepResult:
+    def _sample_logits(self, hidden: Tensor, sampling: NDArray[np.intp], rows: Rows) -> StepResult:
         logits = self.logits(hidden)
         exact, slack = self._exact(hidden, logits), self._model.slack(hidden)
         return self.sampler.sample(logits, sampling, rows, exact, slack)

@@ -15,7 +15,7 @@ class Running:
     def __init__(self) -> None:
         self._requests: list[Request] = []
         self._by_row: dict[int, Request] = {}
-        self._rows: NDArray[np.int32] = np.empty(0, np.int32)
+        self._rows: NDArray[np.intp] = np.empty(0, np.intp)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -34,8 +34,8 @@ class Running:
         return self._by_row
 
     @property
-    def rows(self) -> NDArray[np.int32]:
-        """The rows in order of rank, [len] int32. Not to be changed."""
+    def rows(self) -> NDArray[np.intp]:
+        """The rows in order of rank, [len], as numpy indexes fastest. Not to be changed."""
         return self._rows
 
     def add(self, request: Request) -> None:
@@ -44,7 +44,7 @@ class Running:
         index = bisect_left(self._requests, request.rank, key=_rank)
         self._requests.insert(index, request)
         self._by_row[request.row] = request
-        row = np.array([request.row], np.int32)
+        row = np.array([request.row], np.intp)
         self._rows = np.concatenate([self._rows[:index], row, self._rows[index:]])
 
     def remove(self, request: Request) -> None:

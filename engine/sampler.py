@@ -57,7 +57,7 @@ class Sampler:
             torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
         )
 
-    def draws(self, row_ids: NDArray[np.int32], rows: Rows) -> list[Draw | None] | None:
+    def draws(self, row_ids: NDArray[np.intp], rows: Rows) -> list[Draw | None] | None:
         """Their draws if nothing is wanted of any of these rows but a draw, or the largest logit (None)."""
         found: list[Draw | None] = []
         for index, row in enumerate(row_ids.tolist()):
@@ -72,7 +72,7 @@ class Sampler:
     def sample(
         self,
         logits: Tensor,
-        row_ids: NDArray[np.int32],
+        row_ids: NDArray[np.intp],
         rows: Rows,
         exact: ExactLogits | None = None,
         slack: Slack | None = None,
@@ -119,7 +119,7 @@ class Sampler:
         logits: Tensor,
         indices: list[int],
         chosen: NDArray[np.int32],
-        row_ids: NDArray[np.int32],
+        row_ids: NDArray[np.intp],
         exact: ExactLogits | None,
     ) -> dict[int, TokenLogprobs]:
         """logits: [W, V] fp32, of the rows row_ids[indices]."""

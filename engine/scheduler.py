@@ -63,8 +63,8 @@ class Scheduler:
         self._running = Running()
         self._admitted: list[Request] = []
         # Of the step being planned: rows with one token each, those with more left, and what they get
-        self._decodes: NDArray[np.int32] = np.empty(0, np.int32)
-        self._prefills: NDArray[np.int32] = np.empty(0, np.int32)
+        self._decodes: NDArray[np.intp] = np.empty(0, np.intp)
+        self._prefills: NDArray[np.intp] = np.empty(0, np.intp)
         self._chunks: dict[int, int] = {}
         self._promised: dict[int, int] = {}  # row -> pages its prefill will still take; kept while planning
         self._awaited = AwaitedPages(cache)

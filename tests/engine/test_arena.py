@@ -42,7 +42,7 @@ def test_writes_of_every_type_arrive_together_and_leave_the_rest_alone() -> None
 
 def test_single_elements_are_found_by_their_flat_places() -> None:
     arena, (*_, table) = Arena.holding(arrays_of, CPU)
-    arena.write_elements(table, np.array([0, 41, 13], np.int32), np.array([7, 8, 9], np.int32))
+    arena.write_elements(table, np.array([0, 41, 13]), np.array([7, 8, 9], np.int32))
     arena.apply(*map(torch.from_numpy, arena.take()))
     assert table.view(-1).nonzero().view(-1).tolist() == [0, 13, 41]
     assert table[1, 2, 6] == 8
