@@ -182,9 +182,11 @@ class EngineCore:
         self._count_step(plan, launched_s)
         for refusal in failed:
             self.abort(refusal.request_id)
-        gone = {refusal.request_id for refusal in failed}
-        outputs += [output for output in new if output.request_id not in gone]
-        refusals += failed
+        if failed:
+            gone = {refusal.request_id for refusal in failed}
+            new = [output for output in new if output.request_id not in gone]
+            refusals += failed
+        outputs += new
 
     @property
     def num_unprepared(self) -> int:

@@ -1,10 +1,12 @@
-"""What passes between the server and the engine: plain dataclasses, which msgspec encodes as they are.
+"""What passes between the server and the engine: dataclasses, and a Struct for what comes with every token.
 
 Times are time.monotonic() seconds, which on Linux all processes of a machine share. Imports no torch.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal, Self
+
+import msgspec
 
 from cabochon.engine.config import EngineConfig
 from cabochon.engine.errors import EngineError
@@ -39,9 +41,11 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
-@dataclass(slots=True, kw_only=True)  # not frozen: made for every token, and frozen ones take 1.0 µs, not 0.4
-class RequestOutput:
+class RequestOutput(msgspec.Struct, kw_only=True, array_like=True, gc=False):
     """New tokens of one request. The last one has a finish_reason; its token_ids may be empty.
+
+    No dataclass: one is made, sent and read for every token, which takes a third of the time, in a quarter of
+    the bytes. In no cycle.
 
     A stop token (EOS, stop_token_ids) is part of token_ids and is named in `stop_token_id`.
     """
