@@ -297,15 +297,16 @@ class DeviceRunner(StepRunner):
         def finish() -> StepResult:
             wait()
             tokens = np.empty(0, np.int32) if step.tokens is None else step.tokens.numpy()
-            absent = {*step.late, *step.stuck}
-            is_absent = np.isin(step.sampling, list(absent))
+            absent, is_finite = {*step.late, *step.stuck}, tokens >= 0
+            if absent:
+                is_finite |= np.isin(step.sampling, list(absent))
             bound = {
                 row: int(tokens[step.sampling == row][0])
                 for row, request in step.wanting.items()
                 if request.matcher is not None and row not in absent
             }
             return StepResult(
-                np.maximum(tokens, 0), (tokens >= 0) | is_absent, _logprobs(step), _prompts(step),
+                np.maximum(tokens, 0), is_finite, _logprobs(step), _prompts(step),
                 {row: token for row, token in bound.items() if token >= 0}, step.late, step.stuck,
             )  # fmt: skip
 
