@@ -1,6 +1,7 @@
 """Bodies and answers: server-sent events, JSON, and waiting with an eye on the client."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
@@ -68,19 +69,22 @@ def _too_large(max_bytes: int) -> ApiError:
     )
 
 
-async def or_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Await `work`; cancel it and raise ClientDisconnect if the client goes away. The body must be read."""
+async def or_disconnect(receive: Receive, work: Awaitable[T], *signs: Awaitable[None]) -> T:
+    """Await `work`; cancel it and raise ClientDisconnect if the client goes away. The body must be read.
+
+    signs: that end if it must be taken for gone.
+    """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+    watches = [asyncio.ensure_future(sign) for sign in (_gone(receive), *signs)]
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *watches}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect
     finally:
-        for each in (task, gone):
+        for each in (task, *watches):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, *watches, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -93,6 +97,7 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
         self._events = events
+        self._sending_s: float | None = None  # since when an event is being sent
         self.background = None
         self.status_code = 200
         kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -100,8 +105,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await or_disconnect(receive, self._send_all(send))
-        except (ClientDisconnect, OSError):  # TimeoutError is one: who does not read counts as gone
+            await or_disconnect(receive, self._send_all(send), self._is_stuck())
+        except (ClientDisconnect, OSError):
             pass  # the source is closed below, which aborts its requests
         finally:
             await self._events.aclose()
@@ -109,6 +114,12 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._events:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+            self._sending_s = time.monotonic()
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            self._sending_s = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _is_stuck(self) -> None:
+        """Ends when the client has not read for too long. A timer for each event costs more than its JSON."""
+        while self._sending_s is None or time.monotonic() - self._sending_s < SEND_TIMEOUT_S:
+            await asyncio.sleep(SEND_TIMEOUT_S / 4)

@@ -4,12 +4,15 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import AsyncGenerator, MutableMapping
+from typing import Any
 
 import pytest
 from fake_server import CHAT, COMPLETIONS, LiveServer, request_bytes, wait_until
 from starlette.requests import ClientDisconnect
 
-from cabochon.server.streaming import event, or_disconnect
+from cabochon.server import streaming
+from cabochon.server.streaming import EventStream, event, or_disconnect
 
 PROMPT = {"prompt": [300], "max_tokens": 1000}
 
@@ -108,3 +111,53 @@ def test_work_is_cancelled_when_the_client_goes() -> None:
     with pytest.raises(ClientDisconnect):
         asyncio.run(or_disconnect(gone, work()))
     assert ended
+
+
+class Client:
+    """Reads what comes until event number `stuck_at`, and then nothing more."""
+
+    def __init__(self, stuck_at: int | None = None) -> None:
+        self.bodies: list[bytes] = []
+        self._stuck_at = stuck_at
+
+    async def receive(self) -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            if len(self.bodies) == self._stuck_at:
+                await asyncio.Event().wait()
+            self.bodies.append(message["body"])
+
+
+def stream_to(client: Client, pause_s: float, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Three events with pauses between. Returns whether their source was closed before its end."""
+    monkeypatch.setattr(streaming, "SEND_TIMEOUT_S", 0.1)
+    ends: list[bool] = []
+
+    async def source() -> AsyncGenerator[bytes, None]:
+        is_early = True
+        try:
+            for number in range(3):
+                yield b"%d" % number
+                await asyncio.sleep(pause_s)
+            is_early = False
+        finally:
+            ends.append(is_early)
+
+    asyncio.run(EventStream(source())({"type": "http"}, client.receive, client.send))
+    return ends == [True]
+
+
+def test_who_does_not_read_for_long_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, started_s = Client(stuck_at=1), time.monotonic()
+    assert stream_to(client, 0, monkeypatch), "its source is closed, which aborts its requests"
+    assert client.bodies == [b"0"]
+    assert 0.1 <= time.monotonic() - started_s < 1
+
+
+def test_who_waits_for_a_slow_source_does_not_count_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    assert not stream_to(client, 0.3, monkeypatch)
+    assert client.bodies == [b"0", b"1", b"2", b""]
