@@ -9,6 +9,7 @@ nobody comes or goes. What a request costs when it arrives, before it is schedul
 """
 
 import argparse
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,11 +94,22 @@ def core_of(num_running: int, churn: int = 0) -> EngineCore:
         core.add(request_of(index))
     while (rows.num_tokens <= rows.num_prompt + 4).any():
         core.step()
+    _age(cache.pool)
     runner.add_graphs([num_running], lambda work: lambda: None)
     graph = SimpleNamespace(row_ids=torch.empty(num_running), tiles=None)
     runner.graphs._graphs[num_running, False] = graph  # type: ignore
     runner.churn = churn
     return core
+
+
+def _age(pool: PagePool) -> None:
+    """What is free holds old contents, as in a server that has run for a while: they are forgotten first."""
+    pages = pool.allocate(pool.num_free)
+    for group in range(len(WINDOWS)):
+        some = pages[group :: len(WINDOWS)]
+        pool.register(some, group, [secrets.token_bytes(16) for _ in some])
+    for page in pages:
+        pool.release(page)
 
 
 class NoAttention:

@@ -7,6 +7,7 @@ before others. Knows nothing of tensors, sequences or windows.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 NIL = 0  # the null page is never handed out
 NOTHING: dict[bytes, int] = {}
@@ -55,10 +56,12 @@ class PagePool:
         end = max(0, len(self._blank) - count)
         pages = self._blank[end:][::-1]
         del self._blank[end:]
-        for _ in range(count - len(pages)):
-            page, _ = self._cached.popitem(last=False)
-            self._lose_name(page)
-            pages.append(page)
+        if len(pages) < count:  # as ever once a server has run for a while
+            oldest = [*islice(self._cached, count - len(pages))]
+            for page in oldest:
+                del self._cached[page]
+                self._lose_name(page)
+            pages += oldest
         for page in pages:
             self._references[page] = 1
         return pages
