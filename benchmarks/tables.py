@@ -91,8 +91,11 @@ def step_overhead(rows: Sequence[Row]) -> list[str]:
     for size in sorted({row["running"] for row in rows}):
         of_size = [row for row in rows if row["running"] == size]
         names = [f"{part}_{percent}_ms" for part in ("prepare", "results") for percent in ("p50", "p99")]
+        if all("arrival_p50_ms" in row for row in of_size):
+            names.append("arrival_p50_ms")
         cells.append((f"{size}", *(_spread([row[name] for row in of_size]) for name in names)))
-    head = ("running", "prepare, p50 (ms)", "prepare, p99", "results, p50", "results, p99")
+    head = ("running", "prepare, p50 (ms)", "prepare, p99", "results, p50", "results, p99", "arrival, p50")
+    head = head[: len(cells[0])]
     return _table(head, cells)
 
 
