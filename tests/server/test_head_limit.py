@@ -30,6 +30,7 @@ def exchange(parts: list[bytes]) -> bytes:
         writer.close()
         server.cancel()
         await asyncio.gather(server, return_exceptions=True)
+        sock.close()  # a server that is cancelled leaves it open
         return answer
 
     return asyncio.run(main())
