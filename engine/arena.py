@@ -102,7 +102,7 @@ class RowFields:
         return self._first + row * self._stride
 
     def words(self, values: Sequence[float]) -> NDArray[np.int32]:
-        """values: those of all arrays, in order. Raises struct.error if one does not fit its type."""
+        """values: those of all arrays. Raises struct.error or OverflowError if one does not fit."""
         return np.frombuffer(self._struct.pack(*values), np.int32)
 
 

@@ -1,6 +1,7 @@
 """Pages that a running request is about to fill: who has the same prefix waits for them and shares.
 
-Of a prefix that two have, the second lacks first what the other computes next. So one page of each is enough.
+Of a prefix that two have, the second lacks first what the other computes next, as a rule. So one page of each
+is enough.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,10 @@ class AwaitedPages:
     def expect(self, request: Request) -> None:
         """It has got its row, and offers what it computes unless it is private."""
         assert request.row is not None
-        index = self._cache.num_named(request.row) + 1  # behind the root
+        first = self._cache.num_named(request.row)
+        if request.message.params.prompt_logprobs is not None:
+            first = max(first, self._cache.lookup(request))  # it computes pages, too, that others find
+        index = first + 1  # behind the root
         if index >= len(request.page_hashes):
             return
         name = request.page_hashes[index]

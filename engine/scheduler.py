@@ -92,14 +92,12 @@ class Scheduler:
     def add(
         self, message: GenerateRequest, matcher: Matcher | None = None, adapter: LoadedAdapter | None = None
     ) -> Request:
-        """Accept a request. Raises RequestError, and then nothing has changed."""
+        """Accept a request, and hash it: no step waits for that. Raises RequestError: nothing has changed."""
         max_tokens = self.check_new(message)
         request = Request.of(message, self._num_arrivals, max_tokens, self._eos, matcher, adapter)
+        self._cache.page_names(request, len(request.token_ids) // self._cache.page_tokens)
         self._num_arrivals += 1
         self._requests[message.request_id] = request
-        self._cache.page_names(
-            request, len(request.token_ids) // self._cache.page_tokens
-        )  # no step waits for it
         self._waiting.add(request)
         self._ration.hear(len(message.prompt_ids))
         return request
@@ -263,7 +261,9 @@ class Scheduler:
         self._min_chunk = max(1, min(MIN_CHUNK_TOKENS, budget.left // 2, budget.part // 2))
         by_row = self._running.by_row
         prefills = [by_row[row] for row in self._prefills.tolist() if row in by_row]  # the others lost theirs
-        self._awaited.begin(prefills)
+        rows = self._running.rows  # whose mask is late, or who lacks one token, is no prefill now
+        unfinished = rows[self._rows.num_computed[rows] < self._rows.num_prompt[rows]].tolist()
+        self._awaited.begin([*prefills, *(by_row[row] for row in unfinished)])
         self._promised = {
             r.row: self._cache.pages_to_come(r.row, self._max_chunk) for r in prefills if r.row is not None
         }

@@ -69,8 +69,8 @@ def test_folders_are_no_top_level_packages(folder: str) -> None:
         ("cabochon.server.ray_local", {"torch", "triton", "transformers", "ray"}),
         ("cabochon.engine.client", {"torch", "triton", "transformers"}),
         ("cabochon.engine.models.source", {"torch", "triton", "transformers"}),
-        ("cabochon.engine.llm", {"triton", "msgspec", "pydantic", "fastapi"}),
-        ("cabochon.engine.load", {"triton", "msgspec", "pydantic", "fastapi"}),
+        ("cabochon.engine.llm", {"triton", "pydantic", "fastapi"}),
+        ("cabochon.engine.load", {"triton", "pydantic", "fastapi"}),
     ],
 )
 def test_what_a_module_must_not_load(module: str, absent: set[str]) -> None:

@@ -1,11 +1,13 @@
 """Many arrays in one buffer: writes to any of them arrive, in one scatter, and touch nothing else."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cabochon.engine.arena import Allocate, Arena
+from cabochon.engine.arena import Allocate, Arena, RowFields
 from cabochon.engine.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -56,3 +58,18 @@ def test_every_array_starts_where_triton_expects_pointers() -> None:
 def test_an_arena_beyond_what_its_places_can_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_seqs rows must fit in 2\^31 words, got \d+: lower max_seqs"):
         Arena(2**31, torch.device("meta"))
+
+
+def test_a_row_of_several_arrays_is_written_in_one_go() -> None:
+    arena, arrays = Arena.holding(arrays_of, CPU)
+    ints, longs, doubles, floats, _ = arrays
+    fields = RowFields([ints, longs, doubles, floats])
+    values = [1, -2, 3, -4, 2**31 - 1, 2**63 - 1, 0.1, -1e300, 0.5, 1.5, -2.5, 3.5]
+    arena.write_row(fields, 2, values)
+    arena.apply(*map(torch.from_numpy, arena.take()))
+    assert ints.tolist() == [[0] * 5, [0] * 5, values[:5]]
+    assert longs.tolist() == [0, 0, values[5]]
+    assert doubles.tolist() == [[0, 0], [0, 0], values[6:8]]
+    assert floats.tolist() == [[0] * 4, [0] * 4, values[8:]]
+    with pytest.raises((struct.error, OverflowError)):
+        fields.words([2**31, *values[1:]])

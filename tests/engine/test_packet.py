@@ -13,6 +13,8 @@ ARRAYS = [
     np.array([], np.int32),
     np.array([True, False, True]),
     np.array([1.5, -2.5]),
+    np.arange(3, dtype=np.int32),
+    np.array([1 << 40]),  # behind an odd number of words
     np.arange(4, dtype=np.int32).reshape(2, 2).T,  # not contiguous
 ]
 

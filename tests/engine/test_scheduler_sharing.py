@@ -1,6 +1,14 @@
 """Prefix sharing as requests see it: hits, who waits for whom, salts, private pages."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
 from paged_world import World, expected_output, prompt_of, request
+
+from cabochon.engine.messages import GenerateRequest
+from cabochon.engine.sampling_params import SamplingParams
 
 
 def test_a_second_prompt_shares_the_pages_of_the_first() -> None:
@@ -128,6 +136,74 @@ def test_who_waits_for_a_shared_prefix_computes_it_if_the_other_dies() -> None:
     world.run()
     assert world.outputs["second"] == expected_output([*prompt, 3], 4)
     assert world.cached_tokens["second"] == 24  # what the first had computed
+
+
+def test_who_comes_while_a_shared_prefix_is_computed_waits_for_all_of_it() -> None:
+    world = World(step_tokens=16, max_seqs=4, num_pages=200, max_model_len=120)
+    prompt = prompt_of(100)
+    world.add(request("first", prompt))
+    world.step()
+    world.add(request("second", [*prompt[:80], 3], max_tokens=1))
+    world.run()
+    assert world.cached_tokens["second"] == 80
+
+
+def test_a_prefix_of_which_one_token_is_left_is_waited_for() -> None:
+    world = World(step_tokens=31, max_seqs=4, num_pages=200, max_model_len=120, page_tokens=16)
+    world.add(request("first", prompt_of(32), max_tokens=1))
+    world.step()
+    world.add(request("second", [*prompt_of(32), 3], max_tokens=1))
+    world.run()
+    assert world.cached_tokens["second"] == 32
+
+
+def test_a_prefix_is_waited_for_behind_what_its_prompt_logprobs_make_it_compute_again() -> None:
+    world = World(step_tokens=16, max_seqs=4, num_pages=400, max_model_len=300, windows=(None,))
+    prompt = prompt_of(200)
+    world.add(request("cached", prompt[:40], max_tokens=1))
+    world.run()
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    world.add(GenerateRequest(request_id="scored", prompt_ids=prompt, params=params))
+    world.step()
+    world.add(request("second", [*prompt[:160], 3], max_tokens=1))
+    world.run()
+    assert world.cached_tokens["second"] == 160
+
+
+def test_a_prefix_is_waited_for_while_the_mask_of_its_first_token_is_late() -> None:
+    world = World(step_tokens=64, max_seqs=8, num_pages=200, max_model_len=80)
+    matcher: Any = SimpleNamespace(is_late=False)
+    for i in range(4):
+        world.outputs[f"{i}"] = []
+        message = request(f"{i}", [*prompt_of(40), 2 + i], max_tokens=1)
+        world.scheduler.add(message, matcher=matcher if i == 0 else None)
+    num_tokens = 0
+    for step in range(20):
+        matcher.is_late = 0 < step < 6
+        plan = world.scheduler.schedule()
+        if plan is None:
+            continue
+        num_tokens += plan.num_tokens
+        sampled = plan.rows[plan.samples].tolist()
+        for row in sampled:
+            if step < 6 and world.scheduler.request(row).matcher is not None:
+                matcher.is_late = True
+                world.scheduler.defer(row)
+        world.scheduler.update(plan, np.full(len(sampled), 3, np.int32))
+        world.scheduler.check()
+    assert not world.scheduler.has_work
+    assert num_tokens == 41 + 41 + 3, "its own chunk again, and the others' last tokens"
+
+
+@pytest.mark.parametrize("num_steps", range(1, 12))
+def test_pages_published_while_steps_are_in_flight_are_those_of_known_tokens(num_steps: int) -> None:
+    world = World(max_model_len=80, num_pages=100, step_tokens=64, depth=2)
+    world.add(request("a", prompt_of(9), max_tokens=30, ignore_eos=True, is_private=True))
+    for _ in range(num_steps):
+        world.step()
+    world.step(in_flight=lambda: world.scheduler.publish("a"))
+    world.scheduler.check()
+    world.run()
 
 
 def test_a_prefix_that_is_private_is_waited_for_by_nobody() -> None:
