@@ -1,7 +1,7 @@
 """What passes between the engine and a grammar process: frames of fixed form, a reason behind some.
 
-Both ends are the same program, so the enums are the protocol. A grammar and the masks travel in shared memory,
-so that no message is ever too large to send at once.
+Both ends are the same program, so the enums are the protocol. A grammar and the masks travel in shared
+memory, so that no message is ever too large to send at once.
 """
 
 import json

@@ -38,6 +38,8 @@ import importlib, json, pathlib, cabochon.engine.load, cabochon.kernels
 names = sorted(path.stem for path in pathlib.Path(%r).glob("*.py"))
 for name in names:
     importlib.import_module(name)
+output = cabochon.engine.messages.RequestOutput(request_id="a", token_ids=[1])
+assert (output.token_ids, output.finish_reason) == ([1], None)
 print(json.dumps([names, cabochon.engine.load.__file__]))
 """
     names, path = json.loads(run(code % str(importable.ROOT / "benchmarks" / "gpu"), tmp_path, tmp_path))
