@@ -119,7 +119,8 @@ class DeviceRunner(StepRunner):
         sampling, wants = plan.rows[plan.samples], self._wants[plan.rows]
         step = _Step(plan, sampling, [], {})
         if np.count_nonzero(wants):
-            step.parts = prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
+            if np.count_nonzero(wants & PROMPT_LOGPROBS):
+                step.parts = prompt_parts(plan, rows, lambda row: bool(self._wants[row] & PROMPT_LOGPROBS))
             wants = wants[plan.samples]
             step.wanting = {row: self._requests[row] for row in sampling[wants != 0].tolist()}
             step.ranked = np.flatnonzero(wants & LOGPROBS).tolist()

@@ -22,9 +22,8 @@ class PagePool:
         self._on_lost = on_lost
         self._references = [0] * (num_pages + 1)
         self._blank = list(range(num_pages, 0, -1))  # a stack
-        self._cached: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # the oldest first; a dict's first takes a search
+        # The oldest first. No dict: after many deletions its first takes a search
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._content: list[bytes | None] = [None] * (num_pages + 1)  # with its group: the page's name
         self._group = [0] * (num_pages + 1)
         self._page_of: dict[int, dict[bytes, int]] = {}  # by group and content

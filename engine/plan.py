@@ -46,9 +46,8 @@ class Plan:
         is_decode = samples & (lens == 1)
         slots = rows.adapter_slots[row_ids]
         num_decodes = int(np.count_nonzero(is_decode))
-        if (
-            not is_decode[:num_decodes].all() or (slots != slots[0]).any()
-        ):  # seldom, and sorting takes a while
+        is_sorted = np.count_nonzero(is_decode[:num_decodes]) == num_decodes
+        if not is_sorted or np.count_nonzero(slots != slots[0]):  # seldom, and sorting takes a while
             order = np.lexsort((slots, ~is_decode))  # stable
             row_ids, starts, lens, samples = row_ids[order], starts[order], lens[order], samples[order]
         return cls(row_ids, starts, lens, samples, num_decodes)

@@ -144,15 +144,9 @@ class SamplingState:
         s = sampling
         ids, writes = self._entries(row, s, prompt_ids, output_ids)
         log_min_p = math.log(s.min_p) if s.min_p > 0 else -math.inf
-        values: list[float] = [s.temperature, s.repetition, s.presence, s.frequency, s.top_p, log_min_p]
-        return [
-            *values,
-            s.flags(self.vocab_size),
-            int(s.top_k),
-            int(s.min_tokens),
-            int(s.seed),
-            len(ids),
-        ], writes
+        floats = (s.temperature, s.repetition, s.presence, s.frequency, s.top_p, log_min_p)
+        ints = (s.flags(self.vocab_size), int(s.top_k), int(s.min_tokens), int(s.seed), len(ids))
+        return [*floats, *ints], writes
 
     def _entries(
         self, row: int, sampling: RowSampling, prompt_ids: Ids, output_ids: Ids
